@@ -1,0 +1,1 @@
+"""Fine-tunes Llama models on unequal GPUs: prepare, train, export, evaluate, report."""

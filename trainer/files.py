@@ -1,0 +1,108 @@
+"""Files that are whole or absent: temporary name, fsync, rename; directories with a manifest of sizes and sha256."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import UserError
+
+MANIFEST = "manifest.json"
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write a file so that a reader sees the old content or the new one, also after a crash."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_atomic` of a JSON document; NaN is refused."""
+    write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def sha256(path: Path, block: int = 1 << 22) -> str:
+    """Hex digest of a file's content."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(block):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def describe(directory: Path) -> dict[str, dict[str, Any]]:
+    """Size and sha256 of every file below a directory but its manifest, by relative name; each file is synced."""
+    files = {}
+    for path in sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+        files[path.relative_to(directory).as_posix()] = {"size": path.stat().st_size, "sha256": sha256(path)}
+    return files
+
+
+def write_directory(path: Path, fill: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    """Make a directory whole or not at all: `fill(temporary)` writes its files and returns the manifest's own fields.
+
+    The manifest gets `files` (size and sha256 each). An existing directory of that name is replaced. Returns the manifest.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        manifest = {**fill(temporary), "files": describe(temporary)}
+        write_json(temporary / MANIFEST, manifest)
+        os.chmod(temporary, 0o755)
+        if path.exists():
+            shutil.rmtree(path)
+        os.rename(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync_directory(path.parent)
+    return manifest
+
+
+def read_manifest(directory: Path, hashes: bool = False) -> dict[str, Any] | None:
+    """The manifest of a directory if it is present and every file has its size (and, with `hashes`, its sha256); else None."""
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        for name, entry in manifest["files"].items():
+            path = directory / name
+            if path.stat().st_size != entry["size"] or (hashes and sha256(path) != entry["sha256"]):
+                return None
+        return manifest
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def require_manifest(directory: Path, made_by: str) -> dict[str, Any]:
+    """`read_manifest`, or an error that says which stage makes the directory."""
+    manifest = read_manifest(directory)
+    if manifest is None:
+        raise UserError(f"{directory} is missing or not whole. Run `python -m trainer {made_by}` first.")
+    return manifest

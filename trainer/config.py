@@ -307,6 +307,8 @@ class ExportConfig:
     """Type of the exported weights."""
     shard_size_gb: float = 5.0
     """Largest safetensors file, in 10^9 bytes."""
+    checkpoint: Literal["last", "best"] = "last"
+    """Export the last checkpoint, or the one with the lowest held-out loss."""
 
     def __post_init__(self) -> None:
         check(self.shard_size_gb > 0, "run.export.shard_size_gb", self.shard_size_gb, "Give a positive size.")

@@ -1,0 +1,1 @@
+"""Asynchronous, atomic, sharded checkpoints that any world size loads."""

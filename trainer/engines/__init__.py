@@ -1,0 +1,1 @@
+"""How a model's state is spread over workers, behind one interface."""

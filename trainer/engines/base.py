@@ -1,0 +1,74 @@
+"""What the training loop and the checkpoints need of an engine."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from trainer.data.loader import PackedBatch
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A contiguous range of one flattened tensor of the training state, as this rank holds it.
+
+    FSDP2's row shards, ZeRO-3's flat partitions and ZeRO-1/2's group partitions are all such ranges, so one checkpoint format
+    serves every engine and every world size.
+    """
+
+    name: str
+    """`weights/<parameter>`, `exp_avg/<parameter>` or `exp_avg_sq/<parameter>`, with the parameter's name in Hugging Face's model."""
+    shape: tuple[int, ...]
+    """Shape of the whole tensor."""
+    start: int
+    """Index of the first element in the flattened whole."""
+    tensor: torch.Tensor
+    """The elements, 1-D, a view of the live state (device of the engine)."""
+    owned: bool = True
+    """False on replicas that another rank writes."""
+
+
+class Engine(abc.ABC):
+    """A model under training on this rank; every method is collective unless it says otherwise."""
+
+    model: torch.nn.Module
+    device: torch.device
+    rank: int
+    world: int
+
+    @abc.abstractmethod
+    def forward_backward(self, batches: Sequence[PackedBatch], loss_tokens: int) -> torch.Tensor:
+        """Accumulate the gradient of (sum of the loss over `batches` of all ranks) / `loss_tokens`.
+
+        `batches` are this rank's micro-batches of one step (CPU tensors), `loss_tokens` the number of trained tokens of the step
+        over all ranks. Gradients are reduced once, after the last micro-batch, where the engine can. Ranks may hold different
+        numbers of tokens; whether they may hold different numbers of micro-batches is `unequal_micro_batches`.
+        Returns this rank's loss sum, detached, on the device (no synchronisation).
+        """
+
+    @property
+    def unequal_micro_batches(self) -> bool:
+        """Whether ranks may have different numbers of micro-batches in a step. Not collective."""
+        return False
+
+    @abc.abstractmethod
+    def step(self, learning_rate: float) -> torch.Tensor:
+        """Clip, update, clear the gradients. Returns the global gradient norm before clipping (on the device)."""
+
+    @abc.abstractmethod
+    def evaluate(self, batches: Iterable[PackedBatch]) -> tuple[float, int]:
+        """Loss sum and trained tokens over this rank's batches, without gradients. Ranks must hold the same number of batches."""
+
+    @abc.abstractmethod
+    def pieces(self) -> list[Piece]:
+        """This rank's ranges of the weights that are trained and of the optimizer state. Not collective. Order is stable."""
+
+    @abc.abstractmethod
+    def load_pieces(self, read: Callable[[str, int, torch.Tensor], None], step: int) -> None:
+        """Fill the state from a checkpoint: `read(name, start, out)` fills the 1-D CPU tensor `out`. `step` is the number of
+        optimizer steps already done (AdamW's bias correction)."""

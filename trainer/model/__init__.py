@@ -1,0 +1,1 @@
+"""Tokenizer, base model, attention, loss and adapters."""

@@ -1,0 +1,1 @@
+"""Memory, network and time of a run, predicted without a GPU."""

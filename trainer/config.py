@@ -15,6 +15,7 @@ Paths inside `run` are relative to the storage, so that the same run has the sam
 from __future__ import annotations
 
 import dataclasses
+import operator
 import os
 import re
 import typing
@@ -34,6 +35,25 @@ def check(ok: bool, field: str, value: object, remedy: str) -> None:
     """Raise ConfigError(field, value, remedy) unless `ok`."""
     if not ok:
         raise ConfigError(field, value, remedy)
+
+
+LIMITS = {"minimum": operator.ge, "exclusiveMinimum": operator.gt, "maximum": operator.le, "exclusiveMaximum": operator.lt}
+"""JSON schema's keywords for a number's range, and what each asks of (value, limit)."""
+
+
+def limited(default: Any, remedy: str, *, minimum: float | None = None, above: float | None = None, maximum: float | None = None,
+            below: float | None = None) -> Any:
+    """A field whose range is written once: `check_limits` reads it when a configuration is built, trainer/schema.py for the schema."""
+    limits = {"minimum": minimum, "exclusiveMinimum": above, "maximum": maximum, "exclusiveMaximum": below}
+    return field(default=default, metadata={"remedy": remedy, "limits": {k: v for k, v in limits.items() if v is not None}})
+
+
+def check_limits(part: Any, where: str) -> None:
+    """ConfigError for the first field of a configuration dataclass that is outside its range."""
+    for f in dataclasses.fields(part):
+        value = getattr(part, f.name)
+        ok = all(LIMITS[keyword](value, limit) for keyword, limit in f.metadata.get("limits", {}).items())
+        check(ok, f"{where}.{f.name}" if where else f.name, value, f.metadata.get("remedy", ""))
 
 
 def check_relative(field: str, value: str) -> None:
@@ -101,24 +121,25 @@ class DataConfig:
     """End the answer with the decision (yes, no, maybe) where the row has one."""
     loss_on: Literal["answer", "all"] = "answer"
     """Tokens that are trained on."""
-    max_tokens: int = 512
+    max_tokens: int = limited(512, "Give 16 to 1048576 tokens.", minimum=16, maximum=1 << 20)
     """Longest row in tokens; a longer one has its context shortened, never its question or answer."""
-    test_share: float = 0.2
+    test_share: float = limited(0.2, "Give a share between 0 and 1, both excluded.", above=0, below=1)
     """Share of the rows held out, by a hash of the row's id and the seed (stable under row order)."""
-    max_rows: int = 0
+    max_rows: int = limited(0, "Give 0 (all rows) or a positive number.", minimum=0)
     """Use at most this many rows (0: all), chosen by the same hash."""
     exclude_ids: str = ""
     """File on the shared storage with one row id a line that must not be used; PubMedQA's official test ids are always
     excluded when its labelled set is read from the hub or its published form, unless `keep_official_test` is set."""
     keep_official_test: bool = False
     """Do not exclude PubMedQA's 500 official test ids."""
-    near_duplicates: float = 0.8
+    near_duplicates: float = limited(0.8, "Give a similarity above 0, at most 1.", above=0, maximum=1)
     """Rows of the training split whose word-shingle similarity (Jaccard) to a held-out row is at least this are removed; 1 removes
     exact duplicates only."""
-    max_rejected: float = 0.05
+    max_rejected: float = limited(0.05, "Give a share from 0 to 1.", minimum=0, maximum=1)
     """The run stops if more than this share of the rows is rejected (duplicates and exclusions do not count)."""
 
     def __post_init__(self) -> None:
+        check_limits(self, "run.data")
         given = [k for k in ("sample", "name", "path") if getattr(self, k)]
         check(len(given) == 1, "run.data", given, "Set exactly one of run.data.sample, run.data.name and run.data.path.")
         if self.name:
@@ -132,11 +153,6 @@ class DataConfig:
             check_relative("run.data.exclude_ids", self.exclude_ids)
         known = {"id", "question", "context", "answer", "decision"}
         check(set(self.columns) <= known, "run.data.columns", sorted(set(self.columns) - known), f"Use the keys {sorted(known)}.")
-        check(16 <= self.max_tokens <= 1 << 20, "run.data.max_tokens", self.max_tokens, "Give 16 to 1048576 tokens.")
-        check(0 < self.test_share < 1, "run.data.test_share", self.test_share, "Give a share between 0 and 1, both excluded.")
-        check(self.max_rows >= 0, "run.data.max_rows", self.max_rows, "Give 0 (all rows) or a positive number.")
-        check(0 < self.near_duplicates <= 1, "run.data.near_duplicates", self.near_duplicates, "Give a similarity above 0, at most 1.")
-        check(0 <= self.max_rejected <= 1, "run.data.max_rejected", self.max_rejected, "Give a share from 0 to 1.")
 
 
 @dataclass(frozen=True)
@@ -145,19 +161,17 @@ class MethodConfig:
 
     kind: Literal["full", "lora", "qlora"] = "full"
     """All weights; low-rank adapters beside frozen weights; the same beside frozen 4-bit (NF4) weights."""
-    rank: int = 16
+    rank: int = limited(16, "Give a rank from 1 to 4096; 8 to 64 is usual.", minimum=1, maximum=4096)
     """Rank of the adapters."""
-    alpha: float = 32.0
+    alpha: float = limited(32.0, "Give a positive scale; twice the rank is usual.", above=0)
     """Scale of the adapters (the update is multiplied by alpha / rank)."""
-    dropout: float = 0.0
+    dropout: float = limited(0.0, "Give a probability from 0 to below 1.", minimum=0, below=1)
     """Dropout before the adapters."""
     targets: list[str] = field(default_factory=lambda: ["all-linear"])
     """Modules that get adapters, by name; `all-linear` is every linear layer but the head."""
 
     def __post_init__(self) -> None:
-        check(1 <= self.rank <= 4096, "run.method.rank", self.rank, "Give a rank from 1 to 4096; 8 to 64 is usual.")
-        check(self.alpha > 0, "run.method.alpha", self.alpha, "Give a positive scale; twice the rank is usual.")
-        check(0 <= self.dropout < 1, "run.method.dropout", self.dropout, "Give a probability from 0 to below 1.")
+        check_limits(self, "run.method")
         check(bool(self.targets), "run.method.targets", self.targets, "Name at least one module, or all-linear.")
 
 
@@ -165,58 +179,47 @@ class MethodConfig:
 class TrainConfig:
     """The optimisation. One step is one optimizer update over `tokens_per_step` tokens of the whole cluster."""
 
-    epochs: float = 1.0
+    epochs: float = limited(1.0, "Give a positive number of passes.", above=0)
     """Passes over the training rows; fractions are allowed."""
-    max_steps: int = 0
+    max_steps: int = limited(0, "Give 0 (by epochs) or a positive number of steps.", minimum=0)
     """Stop after this many steps (0: by epochs)."""
-    tokens_per_step: int = 65536
+    tokens_per_step: int = limited(65536, "Give at least 16 tokens.", minimum=16)
     """Tokens of one optimizer step over all workers: dealt in proportion to their speed, whatever the number of workers."""
-    micro_batch_tokens: int = 16384
+    micro_batch_tokens: int = limited(16384, "Give at least 16 tokens.", minimum=16)
     """Tokens packed into one forward and backward pass on one worker; the shape that is compiled."""
-    learning_rate: float = 1e-5
+    learning_rate: float = limited(1e-5, "Give a rate between 0 and 1; 1e-5 is usual.", above=0, below=1)
     """Peak learning rate."""
-    min_learning_rate: float = 0.0
+    min_learning_rate: float = limited(0.0, "Give a rate from 0 to the peak learning rate.", minimum=0)
     """Learning rate at the end of the schedule."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls after the warm-up."""
-    warmup_share: float = 0.03
+    warmup_share: float = limited(0.03, "Give a share from 0 to below 1.", minimum=0, below=1)
     """Share of the steps over which the learning rate rises from 0."""
-    weight_decay: float = 0.0
+    weight_decay: float = limited(0.0, "Give a decay from 0 to below 1.", minimum=0, below=1)
     """AdamW's decoupled weight decay; not on norms, biases and embeddings."""
-    beta1: float = 0.9
+    beta1: float = limited(0.9, "Give a decay from 0 to below 1.", minimum=0, below=1)
     """AdamW's first moment decay."""
-    beta2: float = 0.95
+    beta2: float = limited(0.95, "Give a decay from 0 to below 1.", minimum=0, below=1)
     """AdamW's second moment decay."""
-    epsilon: float = 1e-8
+    epsilon: float = limited(1e-8, "Give a small positive number.", above=0)
     """AdamW's epsilon."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = limited(1.0, "Give 0 (never) or a positive norm.", minimum=0)
     """Gradients are scaled down to this global norm (0: never)."""
-    eval_every: int = 0
+    eval_every: int = limited(0, "Give 0 or a positive number.", minimum=0)
     """Steps between evaluations of the held-out loss (0: at the end of each epoch)."""
-    eval_rows: int = 256
+    eval_rows: int = limited(256, "Give 0 or a positive number.", minimum=0)
     """Held-out rows used by the evaluations during training (0: all)."""
-    stop_perplexity: float = 0.0
+    stop_perplexity: float = limited(0.0, "Give 0 (never) or a perplexity above 1.", minimum=0)
     """Stop when the held-out perplexity is at or below this (0: never)."""
-    early_stopping: int = 0
+    early_stopping: int = limited(0, "Give 0 or a positive number.", minimum=0)
     """Stop after this many evaluations without a better held-out loss (0: never)."""
 
     def __post_init__(self) -> None:
-        check(self.epochs > 0, "run.train.epochs", self.epochs, "Give a positive number of passes.")
-        check(self.max_steps >= 0, "run.train.max_steps", self.max_steps, "Give 0 (by epochs) or a positive number of steps.")
-        check(self.micro_batch_tokens >= 16, "run.train.micro_batch_tokens", self.micro_batch_tokens, "Give at least 16 tokens.")
+        check_limits(self, "run.train")
         check(self.tokens_per_step >= self.micro_batch_tokens, "run.train.tokens_per_step", self.tokens_per_step,
               f"Give at least one micro-batch ({self.micro_batch_tokens} tokens).")
-        check(0 < self.learning_rate < 1, "run.train.learning_rate", self.learning_rate, "Give a rate between 0 and 1; 1e-5 is usual.")
-        check(0 <= self.min_learning_rate <= self.learning_rate, "run.train.min_learning_rate", self.min_learning_rate,
+        check(self.min_learning_rate <= self.learning_rate, "run.train.min_learning_rate", self.min_learning_rate,
               "Give a rate from 0 to the peak learning rate.")
-        check(0 <= self.warmup_share < 1, "run.train.warmup_share", self.warmup_share, "Give a share from 0 to below 1.")
-        check(0 <= self.weight_decay < 1, "run.train.weight_decay", self.weight_decay, "Give a decay from 0 to below 1.")
-        check(0 <= self.beta1 < 1, "run.train.beta1", self.beta1, "Give a decay from 0 to below 1.")
-        check(0 <= self.beta2 < 1, "run.train.beta2", self.beta2, "Give a decay from 0 to below 1.")
-        check(self.epsilon > 0, "run.train.epsilon", self.epsilon, "Give a small positive number.")
-        check(self.max_grad_norm >= 0, "run.train.max_grad_norm", self.max_grad_norm, "Give 0 (never) or a positive norm.")
-        for name in ("eval_every", "eval_rows", "early_stopping"):
-            check(getattr(self, name) >= 0, f"run.train.{name}", getattr(self, name), "Give 0 or a positive number.")
         check(self.stop_perplexity == 0 or self.stop_perplexity > 1, "run.train.stop_perplexity", self.stop_perplexity,
               "Give 0 (never) or a perplexity above 1.")
 
@@ -235,7 +238,7 @@ class EngineConfig:
     """FSDP: shard over all workers, or inside a node (one GPU type) and replicate across nodes."""
     checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
     """Activation checkpointing; `auto` takes the least that `plan` finds to fit the memory."""
-    activation_budget: float = 0.6
+    activation_budget: float = limited(0.6, "Give a share above 0, at most 1.", above=0, maximum=1)
     """With `selective`: share of the activations that is kept."""
     compile: bool = True
     """Compile each decoder layer (GPU only)."""
@@ -245,7 +248,7 @@ class EngineConfig:
     """Type in which gradients are summed across workers."""
 
     def __post_init__(self) -> None:
-        check(0 < self.activation_budget <= 1, "run.engine.activation_budget", self.activation_budget, "Give a share above 0, at most 1.")
+        check_limits(self, "run.engine")
         check(self.kind == "fsdp" or self.shard_group == "world", "run.engine.shard_group", self.shard_group,
               "DeepSpeed shards over the world here; use run.engine.kind: fsdp for hybrid sharding.")
         check(self.kind == "fsdp" or self.float8 == "none", "run.engine.float8", self.float8, "FP8 needs run.engine.kind: fsdp.")
@@ -259,44 +262,38 @@ class EngineConfig:
 class CheckpointConfig:
     """When the state is saved, and what is kept."""
 
-    every_steps: int = 0
+    every_steps: int = limited(0, "Give 0 or a positive number of steps.", minimum=0)
     """Steps between saves (0: by time alone)."""
-    every_minutes: float = 10.0
+    every_minutes: float = limited(10.0, "Give a positive number of minutes.", above=0)
     """Minutes between saves."""
-    keep_last: int = 2
+    keep_last: int = limited(2, "Keep at least one checkpoint.", minimum=1)
     """Newest checkpoints that are kept."""
-    keep_best: int = 1
+    keep_best: int = limited(1, "Give 0 or a positive number.", minimum=0)
     """Checkpoints with the lowest held-out loss that are kept besides."""
     on_full_disk: Literal["continue", "stop"] = "continue"
     """What a save that finds no room does: go on with the old checkpoints and say so, or stop the run."""
 
     def __post_init__(self) -> None:
-        check(self.every_steps >= 0, "run.checkpoint.every_steps", self.every_steps, "Give 0 or a positive number of steps.")
-        check(self.every_minutes > 0, "run.checkpoint.every_minutes", self.every_minutes, "Give a positive number of minutes.")
-        check(self.keep_last >= 1, "run.checkpoint.keep_last", self.keep_last, "Keep at least one checkpoint.")
-        check(self.keep_best >= 0, "run.checkpoint.keep_best", self.keep_best, "Give 0 or a positive number.")
+        check_limits(self, "run.checkpoint")
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
     """Base against tuned on the held-out rows."""
 
-    rows: int = 0
+    rows: int = limited(0, "Give 0 or a positive number.", minimum=0)
     """Held-out rows for loss, perplexity and decisions (0: all)."""
-    generate_rows: int = 100
+    generate_rows: int = limited(100, "Give 0 or a positive number.", minimum=0)
     """Held-out rows that are answered in full for token-F1 and ROUGE-L (0: none)."""
-    max_new_tokens: int = 128
+    max_new_tokens: int = limited(128, "Give a positive number of tokens.", minimum=1)
     """Longest generated answer."""
-    samples: int = 5
+    samples: int = limited(5, "Give 0 or a positive number.", minimum=0)
     """Answers shown side by side in the report."""
-    bootstrap: int = 2000
+    bootstrap: int = limited(2000, "Give at least 100 resamples.", minimum=100)
     """Resamples of the paired bootstrap confidence intervals."""
 
     def __post_init__(self) -> None:
-        for name in ("rows", "generate_rows", "samples"):
-            check(getattr(self, name) >= 0, f"run.evaluation.{name}", getattr(self, name), "Give 0 or a positive number.")
-        check(self.max_new_tokens >= 1, "run.evaluation.max_new_tokens", self.max_new_tokens, "Give a positive number of tokens.")
-        check(self.bootstrap >= 100, "run.evaluation.bootstrap", self.bootstrap, "Give at least 100 resamples.")
+        check_limits(self, "run.evaluation")
 
 
 @dataclass(frozen=True)
@@ -305,13 +302,13 @@ class ExportConfig:
 
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Type of the exported weights."""
-    shard_size_gb: float = 5.0
+    shard_size_gb: float = limited(5.0, "Give a positive size.", above=0)
     """Largest safetensors file, in 10^9 bytes."""
     checkpoint: Literal["last", "best"] = "last"
     """Export the last checkpoint, or the one with the lowest held-out loss."""
 
     def __post_init__(self) -> None:
-        check(self.shard_size_gb > 0, "run.export.shard_size_gb", self.shard_size_gb, "Give a positive size.")
+        check_limits(self, "run.export")
 
 
 @dataclass(frozen=True)
@@ -324,7 +321,7 @@ class RunConfig:
     """The base model."""
     data: DataConfig
     """The dataset."""
-    seed: int = 17
+    seed: int = limited(17, "Give a seed from 0 to 2147483647.", minimum=0, maximum=2**31 - 1)
     """Seed of split, order, initialisation and dropout."""
     method: MethodConfig = field(default_factory=MethodConfig)
     """What is trained."""
@@ -340,9 +337,9 @@ class RunConfig:
     """The model directory."""
 
     def __post_init__(self) -> None:
+        check_limits(self, "run")
         check(bool(RUN_NAME.fullmatch(self.name)), "run.name", self.name,
               "Use 1 to 36 lower-case letters, digits and '-', starting with a letter and not ending with '-'.")
-        check(0 <= self.seed < 2**31, "run.seed", self.seed, "Give a seed from 0 to 2147483647.")
         check(self.train.micro_batch_tokens >= self.data.max_tokens, "run.train.micro_batch_tokens", self.train.micro_batch_tokens,
               f"A micro-batch must hold the longest row (run.data.max_tokens: {self.data.max_tokens}).")
         check(self.method.kind == "full" or self.engine.offload == "none", "run.engine.offload", self.engine.offload,
@@ -352,38 +349,64 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class GroupConfig:
+    """Workers of one kind: nodes with the same GPUs and network. Their number adds up to `resources.workers`."""
+
+    name: str
+    """The group's name, for example `a100`."""
+    workers: int = limited(1, "Give at least one worker.", minimum=1)
+    """Training processes of the group."""
+    gpu: str = ""
+    """GPU type: a key of trainer/plan/hardware.py (empty: `resources.gpu`)."""
+    memory_gb: float = limited(0.0, "Give 0 (the GPU type's) or a positive size.", minimum=0)
+    """Memory of one GPU in GiB (0: the GPU type's)."""
+    network_gbps: float = limited(0.0, "Give 0 (resources.network_gbps) or a positive bandwidth.", minimum=0)
+    """Bandwidth of a node to the others in Gbit/s (0: `resources.network_gbps`)."""
+    node_workers: int = limited(0, "Give 0 (resources.node_workers) or a positive number.", minimum=0)
+    """Workers on one node (0: `resources.node_workers`)."""
+
+    def __post_init__(self) -> None:
+        check_limits(self, "resources.groups")
+
+
+@dataclass(frozen=True)
 class ResourcesConfig:
     """On what a run runs. Does not change the run's hash: the same run may go on elsewhere."""
 
-    workers: int = 1
+    workers: int = limited(1, "Give at least one worker.", minimum=1)
     """Training processes, one a GPU (or a CPU share)."""
-    min_workers: int = 0
+    min_workers: int = limited(0, "Give 0 (all) or at most resources.workers.", minimum=0)
     """Fewest workers that the run goes on with after a loss (0: all of `workers`)."""
-    cpus_per_worker: float = 1.0
+    cpus_per_worker: float = limited(1.0, "Give a positive number of cores.", above=0)
     """CPU cores of a worker."""
-    gpus_per_worker: float = 0.0
+    gpus_per_worker: float = limited(0.0, "Give 0 (CPU) or 1: one process a GPU.", minimum=0, maximum=1)
     """GPUs of a worker: 0 (CPU) or 1."""
-    memory_gb: float = 0.0
+    memory_gb: float = limited(0.0, "Give 0 (ask the device) or a positive size.", minimum=0)
     """Memory of one GPU in GiB, for `plan` (0: ask the device)."""
     gpu: str = ""
     """GPU type, for `plan`: a key of trainer/plan/hardware.py, for example `H100-80GB`."""
-    network_gbps: float = 0.0
+    network_gbps: float = limited(0.0, "Give 0 (not known) or a positive bandwidth.", minimum=0)
     """Bandwidth between nodes in Gbit/s, for `plan` (0: not known)."""
-    prepare_cpus: float = 1.0
+    node_workers: int = limited(0, "Give 0 (at most 8 on a node) or a positive number.", minimum=0)
+    """Workers on one node, for `plan` (0: at most 8)."""
+    groups: list[GroupConfig] = field(default_factory=list)
+    """Unlike workers, for `plan`: one entry a kind of node (empty: all alike)."""
+    prepare_cpus: float = limited(1.0, "Give a positive number of cores.", above=0)
     """CPU cores of the dataset preparation."""
-    max_failures: int = 10
+    max_failures: int = limited(10, "Give 0 or a positive number.", minimum=0)
     """Worker losses after which the run gives up."""
     scratch: str = ""
     """Node-local directory for offload to NVMe."""
 
     def __post_init__(self) -> None:
-        check(self.workers >= 1, "resources.workers", self.workers, "Give at least one worker.")
-        check(0 <= self.min_workers <= self.workers, "resources.min_workers", self.min_workers,
+        check_limits(self, "resources")
+        check(self.min_workers <= self.workers, "resources.min_workers", self.min_workers,
               f"Give 0 (all) or at most resources.workers ({self.workers}).")
-        check(self.cpus_per_worker > 0, "resources.cpus_per_worker", self.cpus_per_worker, "Give a positive number of cores.")
+        names = [group.name for group in self.groups]
+        check(len(set(names)) == len(names), "resources.groups", names, "Give each group a name of its own.")
+        check(not names or sum(group.workers for group in self.groups) == self.workers, "resources.groups",
+              [group.workers for group in self.groups], f"Their workers must add up to resources.workers ({self.workers}).")
         check(self.gpus_per_worker in (0, 1), "resources.gpus_per_worker", self.gpus_per_worker, "Give 0 (CPU) or 1: one process a GPU.")
-        check(self.prepare_cpus > 0, "resources.prepare_cpus", self.prepare_cpus, "Give a positive number of cores.")
-        check(self.max_failures >= 0, "resources.max_failures", self.max_failures, "Give 0 or a positive number.")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""What runs on an operator's machine: local cluster, images, charts, promotion."""

@@ -1,0 +1,75 @@
+"""Debian packages that the local cluster needs, unpacked into the cache: nothing is installed on the host, so nothing that the host
+runs (another containerd, say) is replaced, and no service is started."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from tools import shell
+from tools.layout import Layout
+
+PACKAGES = {
+    "containerd": "container runtime of the node",
+    "runc": "runs the containers",
+    "containernetworking-plugins": "pod network: ptp, host-local, portmap",
+    "buildah": "builds the images",
+    "docker-registry": "the node's registry for images and charts",
+    "mmdebstrap": "makes the base image",
+    "debian-archive-keyring": "checks the base image's packages",
+    "iproute2": "the node's address",
+    "nftables": "masquerading of pods",
+    "iptables": "called by the portmap plugin",
+    "socat": "localhost ports of dashboard and chatbot",
+    "catatonit": "the pause container",
+}
+
+
+def _apt(layout: Layout) -> list[str]:
+    """apt-get with its own lists and archives, so that the host's are not touched."""
+    folder = layout.debian
+    for name in ("lists/partial", "archives/partial", "cache"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    return ["apt-get", "-o", f"Dir::State::lists={folder}/lists", "-o", f"Dir::Cache={folder}/cache",
+            "-o", f"Dir::Cache::archives={folder}/archives", "-o", "Debug::NoLocking=1", "-o", "APT::Sandbox::User=root",
+            "-o", "Acquire::Retries=3", "-q", "-y"]
+
+
+def _fingerprint() -> str:
+    release = Path("/etc/os-release").read_text()
+    return hashlib.sha256((release + repr(sorted(PACKAGES))).encode()).hexdigest()
+
+
+def unpacked(layout: Layout) -> bool:
+    """Whether the packages of this host's release are there."""
+    mark = layout.debian / "root/.packages"
+    return mark.exists() and mark.read_text() == _fingerprint()
+
+
+def unpack(layout: Layout, say: Callable[[str], None]) -> bool:
+    """Download and unpack the packages with what the host lacks of their needs. Returns False if they were there."""
+    if unpacked(layout):
+        return False
+    log = layout.logs / "debian.log"
+    apt = _apt(layout)
+    say("package lists")
+    shell.run([*apt, "update"], log)
+    say("downloading")
+    for old in (layout.debian / "archives").glob("*.deb"):
+        old.unlink()
+    # --reinstall: a package that the host has is downloaded all the same, so that the cache does not depend on the host's keeping it.
+    shell.run([*apt, "install", "--download-only", "--no-install-recommends", "--reinstall", *PACKAGES], log)
+    root = layout.debian / "root"
+    stage = layout.debian / "stage"
+    shutil.rmtree(stage, ignore_errors=True)
+    stage.mkdir()
+    archives = sorted((layout.debian / "archives").glob("*.deb"))
+    for i, archive in enumerate(archives):
+        say(f"unpacking {i + 1} of {len(archives)}")
+        shell.run(["dpkg-deb", "-x", archive, stage], log)
+    (stage / ".packages").write_text(_fingerprint())
+    shutil.rmtree(root, ignore_errors=True)
+    stage.rename(root)
+    return True

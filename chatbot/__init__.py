@@ -1,0 +1,1 @@
+"""Serves a fine-tuned model: guarded, attributed, OpenAI-compatible."""

@@ -1,0 +1,1 @@
+"""Where answers come from: one interface, two engines (in the process, or an OpenAI-compatible endpoint)."""

@@ -1,0 +1,1 @@
+"""The page: a conversation with the model, made with Gradio."""

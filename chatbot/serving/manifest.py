@@ -1,0 +1,61 @@
+"""The manifest of an exported model: what lies in the directory, and whether it is whole.
+
+The rule is the trainer's (trainer/files.py); the images are separate, so it is written here again and a test holds the two together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from chatbot.errors import UserError
+
+MANIFEST = "manifest.json"
+
+
+def directory_digest(manifest: dict[str, Any]) -> str:
+    """sha256 over the canonical JSON (sorted keys, no spaces) of a manifest's `files`: names the exported weights."""
+    return hashlib.sha256(json.dumps(manifest["files"], sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def read(directory: Path) -> dict[str, Any] | None:
+    """The manifest if it is present and every file has its size, else None. Cheap: no file is read."""
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        for name, entry in manifest["files"].items():
+            if (directory / name).stat().st_size != entry["size"]:
+                return None
+        return manifest
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the reading of a model is."""
+
+    done: int
+    total: int
+
+
+def verify(directory: Path, manifest: dict[str, Any], progress: Callable[[Progress], None] = lambda _: None) -> None:
+    """Read every file and compare its sha256. Raises UserError naming the file. `progress` gets bytes."""
+    total = sum(entry["size"] for entry in manifest["files"].values())
+    done = 0
+    for name, entry in manifest["files"].items():
+        digest = hashlib.sha256()
+        try:
+            with open(directory / name, "rb") as file:
+                while chunk := file.read(1 << 22):
+                    digest.update(chunk)
+                    done += len(chunk)
+                    progress(Progress(done, total))
+        except OSError as error:
+            raise UserError(f"{directory / name} cannot be read: {error}.") from error
+        if digest.hexdigest() != entry["sha256"]:
+            raise UserError(f"{directory / name} is not what was exported (its sha256 differs from the manifest's). "
+                            "Restore it, or remove the model directory and run the export again.")

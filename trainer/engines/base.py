@@ -72,3 +72,6 @@ class Engine(abc.ABC):
     def load_pieces(self, read: Callable[[str, int, torch.Tensor], None], step: int) -> None:
         """Fill the state from a checkpoint: `read(name, start, out)` fills the 1-D CPU tensor `out`. `step` is the number of
         optimizer steps already done (AdamW's bias correction)."""
+
+    def close(self) -> None:
+        """Free what the process keeps beyond this object (global state of a library). Not collective; the engine is unusable after."""

@@ -1,0 +1,95 @@
+"""What the engine tests run in each process: a tiny Llama, rows of random tokens, a few steps. See test_golden.py."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from trainer.config import Config, parse
+from trainer.data.loader import PackedBatch, collate
+from trainer.data.shards import TokenShards, write_shard
+from trainer.engines import make_engine
+from trainer.engines.base import Engine
+
+VOCABULARY, MAX_TOKENS, STEPS, ROWS_PER_STEP = 192, 24, 6, 12
+ARCHITECTURE = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+                "vocab_size": VOCABULARY, "max_position_embeddings": 64, "initializer_range": 0.05}
+SHARES = {1: [12], 2: [7, 5], 3: [6, 4, 2]}
+"""Rows of a step on each rank: unequal on purpose."""
+CPU = torch.device("cpu")
+
+
+def make_config(method: str = "full", engine: str = "fsdp", stage: int = 3, tied: bool = False, **parts: dict[str, Any]) -> Config:
+    """A configuration for the CPU; `parts` are further fields of run.engine, run.train, run.method and run.model."""
+    run = {"name": "golden", "seed": 5, "data": {"sample": True, "max_tokens": MAX_TOKENS},
+           "model": {"path": "none", "dtype": "float32", "architecture": {**ARCHITECTURE, "tie_word_embeddings": tied}},
+           "method": {"kind": method, "rank": 4, "alpha": 8},
+           "train": {"micro_batch_tokens": 64, "tokens_per_step": 256, "learning_rate": 1e-2, "weight_decay": 0.1, "max_grad_norm": 1.0},
+           "engine": {"kind": engine, "zero_stage": stage, "checkpointing": "none"}}
+    for part, fields in parts.items():
+        run[part] |= fields
+    return parse({"run": run, "storage": "/nonexistent"})
+
+
+def write_rows(directory: Path, rows: int = 120) -> TokenShards:
+    """Rows in which each token follows from the one before it but for noise, so that the loss falls."""
+    generator = np.random.default_rng(3)
+    rng_rows, starts = [], []
+    for _ in range(rows):
+        length = int(generator.integers(5, MAX_TOKENS + 1))
+        row = [int(generator.integers(VOCABULARY))]
+        for _ in range(length - 1):
+            row.append((row[-1] * 5 + 7) % VOCABULARY if generator.random() < 0.8 else int(generator.integers(VOCABULARY)))
+        rng_rows.append(np.array(row, dtype=np.int32))
+        starts.append(int(generator.integers(1, length - 1)))
+    directory.mkdir(parents=True, exist_ok=True)
+    write_shard(directory / "train-00000.safetensors", rng_rows, starts, 0, MAX_TOKENS)
+    return TokenShards(directory, "train")
+
+
+def deal(step: int, rank: int, world: int, micro: int = 2) -> list[list[int]]:
+    """This rank's rows of a step, in `micro` micro-batches."""
+    first = step * ROWS_PER_STEP + sum(SHARES[world][:rank])
+    rows = list(range(first, first + SHARES[world][rank]))
+    return [rows[i::micro] for i in range(micro)]
+
+
+def batches_of(shards: TokenShards, step: int, rank: int, world: int, micro: int = 2) -> tuple[list[PackedBatch], int]:
+    """Micro-batches of one budget for the rank, and the step's number of trained tokens over all ranks."""
+    budget = 8 * MAX_TOKENS if world == 1 else 5 * MAX_TOKENS
+    batches = [collate(shards, rows, budget) for rows in deal(step, rank, world, micro)]
+    return batches, shards.loss_tokens(range(step * ROWS_PER_STEP, (step + 1) * ROWS_PER_STEP))
+
+
+def train(engine: Engine, shards: TokenShards, first: int, last: int, micro: int = 2) -> list[tuple[float, float]]:
+    """Steps `first` to `last`: (mean loss over all ranks, gradient norm) of each."""
+    import torch.distributed as dist
+
+    curve = []
+    for step in range(first, last):
+        batches, loss_tokens = batches_of(shards, step, engine.rank, engine.world, micro)
+        loss = engine.forward_backward(batches, loss_tokens).detach().clone()
+        norm = engine.step(engine.config.run.train.learning_rate * (1 - step / 10))  # type: ignore[attr-defined]
+        if engine.world > 1:
+            dist.all_reduce(loss)
+        curve.append((loss.item() / loss_tokens, float(norm)))
+    return curve
+
+
+@contextlib.contextmanager
+def engine_of(rank: int, world: int, tokens: int | None = None, **config: Any):  # noqa: ANN201
+    engine = make_engine(make_config(**config), CPU, rank, world, tokens)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def curve(rank: int, world: int, data: str, **config: Any) -> list[tuple[float, float]]:
+    """The loss curve of a configuration."""
+    with engine_of(rank, world, **config) as engine:
+        return train(engine, TokenShards(Path(data), "train"), 0, STEPS)

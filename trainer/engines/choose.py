@@ -1,0 +1,34 @@
+"""Which engine runs a configuration."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from trainer.config import Config
+from trainer.engines.base import Engine
+from trainer.engines.layers import Checkpointing
+from trainer.errors import UserError
+from trainer.model.load import tokenizer_size
+
+
+def choose(config: Config, device: torch.device, rank: int, world: int, tokens: int | None) -> Engine:
+    """See trainer.engines.make_engine."""
+    run = config.run
+    tokens = tokenizer_size(config) if tokens is None else tokens
+    checkpointing: Checkpointing = "none" if run.engine.checkpointing == "auto" else run.engine.checkpointing
+    if run.method.kind == "qlora" and device.type != "cuda":
+        raise UserError("run.method.kind: 'qlora' needs GPUs (4-bit matrix products). Use lora on the CPU.")
+    if run.engine.kind == "deepspeed":
+        from trainer.engines.deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(config, tokens, device, rank, world, checkpointing)
+    if run.engine.offload == "none" and (world == 1 or run.method.kind != "full"):
+        from trainer.engines.replicated import ReplicatedEngine
+
+        return ReplicatedEngine(config, tokens, device, rank, world, checkpointing)
+    from trainer.engines.fsdp import FsdpEngine
+
+    if not dist.is_initialized():
+        raise UserError("FSDP needs torch.distributed to be initialised, also for one worker with offload.")
+    return FsdpEngine(config, tokens, device, rank, world, checkpointing)

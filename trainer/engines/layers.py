@@ -1,0 +1,61 @@
+"""How the decoder's layers run: compiled, checkpointed, in FP8. The same for every engine."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from trainer.config import ConfigError, EngineConfig
+
+Checkpointing = Literal["none", "selective", "full"]
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The decoder's layers, in order."""
+    return list(model.model.layers)  # type: ignore[union-attr, arg-type]
+
+
+def prepare_layers(model: nn.Module, engine: EngineConfig, checkpointing: Checkpointing, device: torch.device) -> None:
+    """Compile each layer's forward (GPU) and apply activation checkpointing, on the instances: names stay Hugging Face's.
+
+    Shapes are fixed, so each layer is compiled once; `selective` is the compiler's own choice of what to keep within a budget (it
+    recomputes the cheapest first), and needs compilation: without it, every second layer is recomputed whole.
+    """
+    compiled = engine.compile and device.type == "cuda"
+    if compiled:
+        import torch._dynamo
+        import torch._functorch.config
+
+        torch._dynamo.config.automatic_dynamic_shapes = False
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        torch._functorch.config.activation_memory_budget = engine.activation_budget if checkpointing == "selective" else 1.0
+    for index, layer in enumerate(decoder_layers(model)):
+        forward = layer.forward
+        if compiled:
+            forward = torch.compile(forward, fullgraph=True, dynamic=False)
+        if checkpointing == "full" or (checkpointing == "selective" and not compiled and index % 2):
+            forward = functools.partial(_recomputed, forward)
+        if forward is not layer.forward:
+            layer.forward = forward
+
+
+def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=True, **kwargs)
+
+
+def use_float8(model: nn.Module, engine: EngineConfig, device: torch.device) -> None:
+    """Replace the decoder's linear layers by torchao's FP8 ones (dynamic scales; the head stays in bfloat16)."""
+    if engine.float8 == "none":
+        return
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
+        raise ConfigError("run.engine.float8", engine.float8, "FP8 needs GPUs of compute capability 8.9 or later (Ada, Hopper); use none.")
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    convert_to_float8_training(model.model.layers, config=Float8LinearConfig.from_recipe_name(engine.float8),  # type: ignore[union-attr, arg-type]
+                               module_filter_fn=lambda m, _: isinstance(m, nn.Linear) and not (m.in_features % 16 or m.out_features % 16))

@@ -1,0 +1,187 @@
+"""What of a model is trained: everything (full), or adapters beside frozen weights (LoRA), in 4 bits (QLoRA).
+
+`shape_for_method` works on a model on the meta device, before any engine shards it. New tokens under LoRA and QLoRA: the embedding is
+frozen, so the rows that the tokenizer added are trained as small tensors of their own (`new_rows`), else the model would never learn
+what its special tokens mean.
+
+Names: a parameter's canonical name is Hugging Face's, also where peft wraps the layer; adapters are `<layer>.lora_A.weight` and
+`<layer>.lora_B.weight`, new rows `<embedding or head>.new_rows`. Checkpoints use canonical names.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from trainer.config import MethodConfig
+from trainer.errors import ConfigError, UserError
+from trainer.model.load import EMBEDDING, HEAD, Weights
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+ADAPTER = "default"
+"""peft's name of the one adapter."""
+NEW_ROWS = ".new_rows"
+
+
+def canonical(name: str) -> str:
+    """A parameter's name as Hugging Face's model has it (see the module's text)."""
+    return name.replace(".base_layer.", ".").replace(f".{ADAPTER}.", ".")
+
+
+def adapter_targets(model: nn.Module, method: MethodConfig) -> list[str]:
+    """The linear layers that get adapters, by their full names; ConfigError if a target names none."""
+    linear = [f"model.layers.{n}" for n, m in model.model.layers.named_modules() if isinstance(m, nn.Linear)]  # type: ignore[union-attr]
+    if method.targets == ["all-linear"]:
+        return linear
+    known = sorted({n.rsplit(".", 1)[1] for n in linear})
+    for target in method.targets:
+        if not any(n.endswith(f".{target}") for n in linear):
+            raise ConfigError("run.method.targets", target, f"No linear layer of the decoder has this name: use all-linear, or {', '.join(known)}.")
+    return [n for n in linear if any(n.endswith(f".{t}") for t in method.targets)]
+
+
+def shape_for_method(model: LlamaForCausalLM, method: MethodConfig, base_rows: int, dtype: torch.dtype) -> None:
+    """Give a model on the meta device its adapters and say what is trained. `base_rows`: embedding rows of the base model."""
+    if method.kind == "full":
+        return
+    from peft import LoraConfig, inject_adapter_in_model
+
+    targets = adapter_targets(model, method)
+    model.requires_grad_(False)
+    if method.kind == "qlora":
+        _quantised_layers(model, targets, dtype)
+    inject_adapter_in_model(LoraConfig(r=method.rank, lora_alpha=method.alpha, lora_dropout=method.dropout, target_modules=targets,
+                                       task_type="CAUSAL_LM"), model, ADAPTER, low_cpu_mem_usage=True)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.to(dtype)
+            parameter.requires_grad_(True)
+    if model.config.vocab_size > base_rows:
+        _trainable_rows(model, base_rows, dtype)
+
+
+# New tokens under adapters
+
+def _trainable_rows(model: LlamaForCausalLM, first: int, dtype: torch.dtype) -> None:
+    embedding, head = model.model.embed_tokens, model.lm_head
+    rows, width = embedding.weight.shape
+    embedding.new_rows = nn.Parameter(torch.empty(rows - first, width, dtype=dtype, device="meta"))
+    head.new_rows = (embedding.new_rows if head.weight is embedding.weight
+                     else nn.Parameter(torch.empty(rows - first, width, dtype=dtype, device="meta")))
+    embedding.forward = _Embedding(embedding, first)
+
+
+class _Embedding:
+    """Forward of an embedding whose rows from `first` on are `new_rows`."""
+
+    def __init__(self, module: nn.Embedding, first: int) -> None:
+        self.module, self.first = module, first
+
+    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+        new = (ids >= self.first)[..., None]
+        return torch.where(new, F.embedding((ids - self.first).clamp(min=0), self.module.new_rows), F.embedding(ids, self.module.weight))
+
+
+# Values
+
+class MethodWeights(Weights):
+    """The base model's weights and the first values of adapters and new rows, by canonical name.
+
+    Adapters start as peft starts them: A uniform within 1/sqrt(inputs) (Kaiming with a = sqrt(5)), B zero, so that training starts at
+    the base model. A has a generator of its own per layer (seed and name): all ranks draw the same. New rows start as the resized
+    base model has them.
+    """
+
+    def __init__(self, base: Weights, model: nn.Module, seed: int) -> None:
+        self._base, self._seed = base, seed
+        own = {canonical(n): tuple(p.shape) for n, p in model.named_parameters() if ".lora_" in n or n.endswith(NEW_ROWS)}
+        self.shapes = {**base.shapes, **own}
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        if name.endswith(NEW_ROWS):
+            source = EMBEDDING if name.startswith(EMBEDDING.removesuffix("weight")) else HEAD
+            first = math.prod(self._base.shapes[source]) - math.prod(self.shapes[name])
+            return self._base.read(source, first + start, first + stop)
+        if name.endswith(".lora_B.weight"):
+            return torch.zeros(stop - start)
+        if name.endswith(".lora_A.weight"):
+            bound, size = self.shapes[name][1] ** -0.5, math.prod(self.shapes[name])
+            generator = torch.Generator().manual_seed((self._seed << 32 | zlib.crc32(name.encode())) & (2**63 - 1))
+            return torch.empty(size).uniform_(-bound, bound, generator=generator)[start:stop]
+        return self._base.read(name, start, stop)
+
+
+# Four bits
+
+def _bitsandbytes() -> Any:
+    try:
+        import bitsandbytes
+    except (ImportError, RuntimeError, OSError) as error:
+        raise UserError(f"run.method.kind: qlora needs bitsandbytes, which does not load here: {error}") from None
+    return bitsandbytes
+
+
+def _quantised_layers(model: nn.Module, targets: Collection[str], dtype: torch.dtype) -> None:
+    """Replace the decoder's linear layers by 4-bit ones, still without values. Those without adapters are quantised as well."""
+    bnb = _bitsandbytes()
+    for name, module in [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith("model.layers.")]:
+        parent, leaf = name.rsplit(".", 1)
+        layer = bnb.nn.Linear4bit(module.in_features, module.out_features, bias=module.bias is not None, compute_dtype=dtype,
+                                  compress_statistics=True, quant_type="nf4", device="meta")
+        layer.requires_grad_(False)
+        setattr(model.get_submodule(parent), leaf, layer)
+    model.is_loaded_in_4bit = True
+
+
+def quantise(model: nn.Module, weights: Weights, device: torch.device, dtype: torch.dtype) -> None:
+    """Read, quantise and place the 4-bit layers' weights, one layer at a time. Nothing to do without 4-bit layers.
+
+    NF4 with double quantisation, blocks of 64 (https://arxiv.org/abs/2305.14314).
+    """
+    if not getattr(model, "is_loaded_in_4bit", False):
+        return
+    bnb = _bitsandbytes()
+    for name, module in model.named_modules():
+        if not isinstance(module, bnb.nn.Linear4bit):
+            continue
+        key = canonical(f"{name}.weight")
+        if key not in weights.shapes:
+            raise UserError(f"The base model's weights lack {key}; is its config.json of another model?")
+        shape = weights.shapes[key]
+        whole = weights.read(key, 0, math.prod(shape)).view(shape).to(dtype)
+        module.weight = bnb.nn.Params4bit(whole, requires_grad=False, compress_statistics=True, quant_type="nf4",
+                                          module=module).to(device)
+
+
+# Merging
+
+@torch.no_grad()
+def merge_adapters(model: LlamaForCausalLM, method: MethodConfig, names: Collection[str], tensor: Callable[[str], torch.Tensor]) -> None:
+    """Add trained adapters to a whole plain model on the CPU (`load_model`), in place.
+
+    `names` are canonical names of the trained tensors, `tensor(name)` gives one (float32, whole). The product is taken and added in
+    float32 and rounded once to the model's type.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    used = set()
+    for name in names:
+        if name.endswith(".lora_A.weight"):
+            layer = name.removesuffix(".lora_A.weight")
+            weight = parameters[f"{layer}.weight"]
+            update = tensor(f"{layer}.lora_B.weight").float() @ tensor(name).float()
+            weight.copy_(weight.float() + update * (method.alpha / method.rank))
+            used |= {name, f"{layer}.lora_B.weight"}
+        elif name.endswith(NEW_ROWS):
+            rows = tensor(name)
+            parameters[name.removesuffix(NEW_ROWS) + ".weight"][-len(rows):].copy_(rows)
+            used.add(name)
+    if unused := sorted(set(names) - used):
+        raise UserError(f"The checkpoint holds {unused[0]} (and {len(unused) - 1} more), which is no part of an adapter.")

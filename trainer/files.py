@@ -106,3 +106,12 @@ def require_manifest(directory: Path, made_by: str) -> dict[str, Any]:
     if manifest is None:
         raise UserError(f"{directory} is missing or not whole. Run `python -m trainer {made_by}` first.")
     return manifest
+
+
+def directory_digest(manifest: dict[str, Any]) -> str:
+    """Hex sha256 that names the content of an exported model: over the canonical JSON of its manifest's `files`.
+
+    README.md (the model card) is left out: it gains the evaluation's figures later and changes nothing that is served.
+    """
+    files = {name: entry for name, entry in manifest["files"].items() if name != "README.md"}
+    return hashlib.sha256(json.dumps(files, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

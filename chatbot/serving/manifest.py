@@ -18,8 +18,10 @@ MANIFEST = "manifest.json"
 
 
 def directory_digest(manifest: dict[str, Any]) -> str:
-    """sha256 over the canonical JSON (sorted keys, no spaces) of a manifest's `files`: names the exported weights."""
-    return hashlib.sha256(json.dumps(manifest["files"], sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    """sha256 over the canonical JSON (sorted keys, no spaces) of a manifest's `files`, without the model card README.md, which
+    gains the evaluation's figures after the export: names what is served."""
+    files = {name: entry for name, entry in manifest["files"].items() if name != "README.md"}
+    return hashlib.sha256(json.dumps(files, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def read(directory: Path) -> dict[str, Any] | None:

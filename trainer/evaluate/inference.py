@@ -80,28 +80,27 @@ class Reader:
     def score(self, prefix: Prefix, continuations: Sequence[Sequence[Sequence[int]]]) -> list[list[float]]:
         """Sum of the log-probabilities of each continuation's tokens: `continuations[i]` are those of prompt i, each of at least
         one token. The prefix is as before afterwards."""
-        flat = [c for row in continuations for c in row]
-        source = [i for i, row in enumerate(continuations) for _ in row]
-        rows = torch.tensor(source, device=self.device)
-        tokens, lengths = _padded(flat, self.device)
-        total = self._log_probability(prefix.last[rows], tokens[:, 0]).double()
-        if tokens.shape[1] > 1:
-            total += self._rest(prefix, rows, tokens, lengths, source == list(range(len(prefix.lengths))))
-        values = iter(total.tolist())
-        return [[next(values) for _ in row] for row in continuations]
+        results: list[list[float]] = [[] for _ in continuations]
+        for j in range(max(map(len, continuations))):  # one after the other: the cache is used in place, never copied
+            values = self._score_one(prefix, [row[min(j, len(row) - 1)] for row in continuations])
+            for i, value in enumerate(values):
+                if j < len(continuations[i]):
+                    results[i].append(value)
+        return results
 
-    def _rest(self, prefix: Prefix, rows: torch.Tensor, tokens: torch.Tensor, lengths: torch.Tensor, in_place: bool) -> torch.Tensor:
-        """Sums over the tokens after the first, float64 [continuations]. `in_place`: continuation i is of prompt i."""
+    def _score_one(self, prefix: Prefix, continuations: Sequence[Sequence[int]]) -> list[float]:
+        """`score` for one continuation of each prompt."""
+        tokens, lengths = _padded(continuations, self.device)
+        total = self._log_probability(prefix.last, tokens[:, 0]).double()
         width = tokens.shape[1] - 1
-        inside = torch.arange(1, width + 1, device=self.device) < lengths[:, None]
-        mask = torch.cat([prefix.mask[rows], inside.long()], 1)
-        positions = prefix.lengths[rows, None] + torch.arange(width, device=self.device)
-        cache = prefix.cache if in_place else _select(prefix.cache, rows)
-        hidden = self._forward(tokens[:, :-1], mask, positions, cache)
-        if in_place:
+        if width:
+            inside = torch.arange(1, width + 1, device=self.device) < lengths[:, None]
+            positions = prefix.lengths[:, None] + torch.arange(width, device=self.device)
+            hidden = self._forward(tokens[:, :-1], torch.cat([prefix.mask, inside.long()], 1), positions, prefix.cache)
             prefix.cache.crop(-width)
-        each = self._log_probability(hidden[inside], tokens[:, 1:][inside]).double()
-        return torch.zeros(len(tokens), dtype=torch.float64, device=self.device).index_add_(0, inside.nonzero()[:, 0], each)
+            each = self._log_probability(hidden[inside], tokens[:, 1:][inside]).double()
+            total.index_add_(0, inside.nonzero()[:, 0], each)
+        return total.tolist()
 
     @torch.inference_mode()
     def generate(self, prefix: Prefix, max_new_tokens: int, stop: Collection[int],
@@ -139,14 +138,6 @@ class Reader:
             hidden = self._forward(chosen[:, None], mask, positions[:, None], cache)[:, 0]
             positions = positions + 1
         return answers
-
-
-def _select(cache: DynamicCache, rows: torch.Tensor) -> DynamicCache:
-    """A new cache that holds the given rows (repeats allowed)."""
-    selected = DynamicCache()
-    for i, layer in enumerate(cache.layers):
-        selected.update(layer.keys[rows], layer.values[rows], i)
-    return selected
 
 
 def token_budget(model: PreTrainedModel, device: torch.device) -> int:

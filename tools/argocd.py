@@ -107,9 +107,12 @@ def repository_secret(site: Site) -> Manifest:
 
 
 def site_manifests(site: Site) -> list[Manifest]:
-    """What connects an installed Argo CD to this project, in the order of applying; for a real cluster and for the local one."""
-    return [*read_manifests(ARGOCD / "argocd-cm.yaml"), project(site), repository_secret(site), cluster_secret(site),
-            *read_manifests(ARGOCD / "applicationset.yaml")]
+    """What connects an installed Argo CD to this project, in the order of applying; for a real cluster and for the local one.
+
+    The health checks (argocd/argocd-cm.yaml) are apart: they are keys of a ConfigMap that the installation owns. core_install() has them
+    in it; elsewhere they must be applied with a field manager of their own, or the installation's keys would be taken away.
+    """
+    return [project(site), repository_secret(site), cluster_secret(site), *read_manifests(ARGOCD / "applicationset.yaml")]
 
 
 def new_secrets(existing: Mapping[str, str]) -> dict[str, str]:
@@ -141,6 +144,7 @@ def core_install(go_module_dir: Path, image: str, redis_image: str, secret_value
     if not source.is_file():
         raise OperatorError(f"{source} is missing: {go_module_dir} is not the module github.com/argoproj/argo-cd/v3.")
     settings = {m["metadata"]["name"]: m["data"] for m in read_manifests(ARGOCD / "local" / "settings.yaml")}
+    settings["argocd-cm"] |= read_manifests(ARGOCD / "argocd-cm.yaml")[0]["data"]
     manifests: list[Manifest] = [{"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}}]
     for manifest in read_manifests(source):
         name, kind = manifest["metadata"]["name"], manifest["kind"]
@@ -212,7 +216,8 @@ def write(manifests: Sequence[Manifest], stream: Any) -> None:
 def add_parser(commands: Any) -> None:
     """`argocd`: print what connects an installed Argo CD to this project."""
     parser: argparse.ArgumentParser = commands.add_parser(
-        "argocd", help="print project, ApplicationSet and Secrets for a cluster with Argo CD (pipe to kubectl apply --server-side -f -)")
+        "argocd", help="print project, ApplicationSet and Secrets for a cluster with Argo CD (pipe to "
+        "kubectl apply --server-side --field-manager=llm-finetune -f -)")
     parser.add_argument("--git-url", required=True, help="this repository, as Argo CD reaches it")
     parser.add_argument("--git-revision", default="HEAD", help="branch that is deployed (default: the default branch)")
     parser.add_argument("--chart-url", required=True, help="oci://<registry>/<path>/llm-finetune")
@@ -227,5 +232,5 @@ def _print_site(arguments: argparse.Namespace) -> int:
     site = Site(git_url=arguments.git_url, git_revision=arguments.git_revision, chart_url=arguments.chart_url,
                 environments=[e.strip() for e in arguments.environments.split(",")], plain_http=arguments.plain_http,
                 server=arguments.server, name=arguments.name)
-    write(site_manifests(site), sys.stdout)
+    write([*read_manifests(ARGOCD / "argocd-cm.yaml"), *site_manifests(site)], sys.stdout)
     return 0

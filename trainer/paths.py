@@ -57,6 +57,21 @@ class RunPaths:
         return self.root / "gpu.csv"
 
     @property
+    def samples(self) -> Path:
+        """What each node's sampler wrote; network.csv and gpu.csv are made of it."""
+        return self.root / "samples"
+
+    @property
+    def lock(self) -> Path:
+        """Who works on this run now (trainer/lock.py)."""
+        return self.root / "lock.json"
+
+    @property
+    def ray(self) -> Path:
+        """What Ray Train stores of its own."""
+        return self.root / "ray"
+
+    @property
     def evaluation(self) -> Path:
         """Base and tuned side by side."""
         return self.root / "evaluation.json"

@@ -108,6 +108,12 @@ def render_prompt(format: str, question: str, context: str = "", tokenizer: PreT
     return template(format, tokenizer).prompt(question, context)
 
 
+def chat_messages() -> tuple[str, str]:
+    """The user's message of the format `chat` without and with a context, with {question} and {context} in their places."""
+    plain, with_context = (body.replace(_QUESTION, "{question}").replace(_CONTEXT, "{context}") for body in (_QUESTION, _WITH_CONTEXT))
+    return plain, with_context
+
+
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of a prompt or a completion: special tokens only where the text has them."""
     return tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -45,7 +45,7 @@ class TorchEngine(Engine):
         weights = MethodWeights(base, model, run.seed)
         quantise(model, base, self.device, self.dtype)
         shard(model)
-        materialise(model, self._weights_device())
+        materialise(model, self._weights_device(), self.device)
         fill(held(model, canonical), weights)
         model.train()
         self.model = model

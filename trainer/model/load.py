@@ -12,7 +12,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -263,24 +263,33 @@ def empty_model(config: LlamaConfig, dtype: torch.dtype) -> LlamaForCausalLM:
 
 
 @torch.no_grad()
-def materialise(model: nn.Module, device: torch.device) -> None:
-    """Give every meta parameter (also a shard) uninitialised memory on `device`, tied ones once, and every buffer its values."""
+def give_memory(module: nn.Module, device: torch.device) -> None:
+    """Give the module's meta parameters (also shards) uninitialised memory on `device`; one that is tied inside it stays tied."""
     made: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for key, parameter in module._parameters.items():
+    for part in module.modules():
+        for key, parameter in part._parameters.items():
             if parameter is None or not parameter.is_meta:
                 continue
             if id(parameter) not in made:
                 made[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device=device), parameter.requires_grad)
-            setattr(module, key, made[id(parameter)])
-    rotary = model.model.rotary_emb  # type: ignore[union-attr]  # its buffers are computed, not loaded, and stay float32
+            setattr(part, key, made[id(parameter)])
+
+
+def restore_buffers(model: nn.Module, device: torch.device) -> None:
+    """Compute the rotary embedding's buffers, which no file holds, in float32 on `device`."""
+    rotary = model.model.rotary_emb  # type: ignore[union-attr]
     with torch.device(device):
-        fresh = type(rotary)(model.config)
+        fresh = type(rotary)(model.config)  # type: ignore[operator]
     for key, buffer in fresh.named_buffers():
         setattr(rotary, key, buffer)
-    left = [n for n, b in model.named_buffers() if b.is_meta]
-    if left:
+    if left := [n for n, b in model.named_buffers() if b.is_meta]:
         raise RuntimeError(f"Buffers without values: {left}")
+
+
+def materialise(model: nn.Module, device: torch.device, buffers: torch.device | None = None) -> None:
+    """`give_memory` to a model, and values to its buffers (on `buffers`, if that is another device)."""
+    give_memory(model, device)
+    restore_buffers(model, buffers or device)
 
 
 def local_range(parameter: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -299,12 +308,14 @@ def local_range(parameter: torch.Tensor) -> tuple[torch.Tensor, int]:
 Ranges = Iterator[tuple[str, torch.Size | tuple[int, ...], torch.Tensor, int]]
 
 
-def held(model: nn.Module, rename: Callable[[str], str] = lambda name: name) -> Ranges:
+def held(model: nn.Module, rename: Callable[[str], str] = lambda name: name, only: Collection[str] | None = None) -> Ranges:
     """(name, whole shape, flat view, start) of every parameter as this rank holds it; a tied one once, under its first name.
-    Quantised ones are left out (trainer/model/methods.py fills them)."""
+
+    `only`: names (before `rename`) of the parameters that are wanted. Quantised ones are left out (trainer/model/methods.py fills them).
+    """
     for name, parameter in model.named_parameters():
-        if not parameter.is_floating_point():
-            continue  # packed 4-bit data
+        if not parameter.is_floating_point() or (only is not None and name not in only):
+            continue
         flat, start = local_range(parameter)
         yield rename(name), parameter.shape, flat, start
 

@@ -242,10 +242,10 @@ def _set_once(environment: Environment) -> Iterator[Finding]:
 
 def _served(environment: Environment) -> Iterator[Finding]:
     release = environment.documents["release.yaml"]
-    serve = (release.value.get("chatbot") or {}).get("serve") or {}
+    serve = release.value["chatbot"].get("config", {}).get("serve", {})
     if serve.get("follow") == "latest" and "run" in serve:
-        yield Finding(release.path, release.line(("chatbot", "serve", "follow")),
-                      "chatbot.serve.follow: latest and chatbot.serve.run contradict each other. Follow the latest run or name one.")
+        yield Finding(release.path, release.line(("chatbot", "config", "serve", "follow")),
+                      "serve.follow: latest and serve.run contradict each other. Follow the latest run or name one.")
 
 
 def _run(environment: Environment) -> Iterator[Finding]:

@@ -137,12 +137,11 @@ class Builder:
 
     def _mounts(self) -> list[str]:
         """uv, its cache, and the host's CA bundle: there during the build, not in the image."""
-        uv = shutil.which("uv", path=f"{self.layout.cache}/venv/bootstrap/bin:{os.environ.get('PATH', '')}")
-        if not uv:
-            raise OperatorError("uv is missing. Run `make venv` first; it installs uv into the cache.")
+        if not self.layout.uv.exists():
+            raise OperatorError(f"{self.layout.uv} is missing. Call this through make, which puts it there.")
         cache = self.layout.cache / "uv"
         cache.mkdir(parents=True, exist_ok=True)
-        mounts = ["--volume", f"{Path(uv).resolve()}:/usr/local/bin/uv:ro", "--volume", f"{cache}:/var/cache/uv:rw"]
+        mounts = ["--volume", f"{self.layout.uv}:/usr/local/bin/uv:ro", "--volume", f"{cache}:/var/cache/uv:rw"]
         bundle = next((b for b in (os.environ.get("SSL_CERT_FILE", ""), *CA_BUNDLES) if b and Path(b).is_file()), None)
         if bundle:
             mounts += ["--volume", f"{Path(bundle).resolve()}:/etc/ssl/certs/ca-certificates.crt:ro"]
@@ -162,17 +161,18 @@ class Builder:
                    "--dpkgopt=path-exclude=/usr/share/locale/*", SUITE, folder / "rootfs.tar"],
                   log, env={**self.env, "PERL5LIB": str(root / "usr/share/perl5"), "SOURCE_DATE_EPOCH": "0"})
 
-    def push(self, image: Image, registry: str, tag: str, say: Say, *, local: bool) -> str:
-        """Push an image; returns its digest. A local registry is spoken to in plain HTTP."""
-        reference = f"{registry}/{image.name}:{tag}"
-        known = self.folder / f"{image.name}.pushed.json"
+    def push(self, image: Image, registry: str, tag: str, say: Say, *, local: bool, name: str = "") -> str:
+        """Push an image (under another `name` if one is given); returns its digest. A local registry is spoken to in plain HTTP."""
+        name = name or image.name
+        reference = f"{registry}/{name}:{tag}"
+        known = self.folder / f"{name}.pushed.json"
         entry = {"reference": reference, "fingerprint": self.fingerprint(image)}
         if known.exists():
             last = json.loads(known.read_text())
             if {k: last.get(k) for k in entry} == entry and (not local or _has_manifest(reference, last["digest"])):
                 return str(last["digest"])
         say("pushing")
-        digest_file = self.folder / f"{image.name}.digest"
+        digest_file = self.folder / f"{name}.digest"
         flags = ["--disable-compression", "--tls-verify=false"] if local else []
         shell.run(["buildah", "push", "--signature-policy", self.folder / "policy.json", *flags, "--digestfile", digest_file,
                    f"localhost/{image.name}", f"docker://{reference}"], self._log(image), env=self.env)

@@ -49,6 +49,11 @@ class Layout:
         return self.state / "kubeconfig"
 
     @property
+    def uv(self) -> Path:
+        """Put there by the Makefile."""
+        return self.cache / "bootstrap/bin/uv"
+
+    @property
     def helm(self) -> Path:
         return self.bin / "helm"
 

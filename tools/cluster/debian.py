@@ -24,6 +24,7 @@ PACKAGES = {
     "iptables": "called by the portmap plugin",
     "socat": "localhost ports of dashboard and chatbot",
     "catatonit": "the pause container",
+    "patchelf": "lets buildah find its libraries (see below)",
 }
 
 
@@ -37,15 +38,15 @@ def _apt(layout: Layout) -> list[str]:
             "-o", "Acquire::Retries=3", "-q", "-y"]
 
 
-def _fingerprint() -> str:
+def _fingerprint(layout: Layout) -> str:
     release = Path("/etc/os-release").read_text()
-    return hashlib.sha256((release + repr(sorted(PACKAGES))).encode()).hexdigest()
+    return hashlib.sha256(f"{release}{sorted(PACKAGES)}{layout.debian}".encode()).hexdigest()
 
 
 def unpacked(layout: Layout) -> bool:
     """Whether the packages of this host's release are there."""
     mark = layout.debian / "root/.packages"
-    return mark.exists() and mark.read_text() == _fingerprint()
+    return mark.exists() and mark.read_text() == _fingerprint(layout)
 
 
 def unpack(layout: Layout, say: Callable[[str], None]) -> bool:
@@ -69,7 +70,11 @@ def unpack(layout: Layout, say: Callable[[str], None]) -> bool:
     for i, archive in enumerate(archives):
         say(f"unpacking {i + 1} of {len(archives)}")
         shell.run(["dpkg-deb", "-x", archive, stage], log)
-    (stage / ".packages").write_text(_fingerprint())
+    # buildah starts a copy of itself in memory inside the image it builds, with that image's environment: neither LD_LIBRARY_PATH
+    # nor $ORIGIN reach it, so the libraries' absolute place is written into it.
+    shell.run([stage / "usr/bin/patchelf", "--force-rpath", "--set-rpath", root / "usr/lib/x86_64-linux-gnu",
+               stage / "usr/bin/buildah"], log)
+    (stage / ".packages").write_text(_fingerprint(layout))
     shutil.rmtree(root, ignore_errors=True)
     stage.rename(root)
     return True

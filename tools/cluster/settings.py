@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Chosen not to meet what a host usually has; `LLM_FINETUNE_NET` shifts the second octet of all three networks."""
+    """Networks are chosen not to meet what a host usually has; LLM_FINETUNE_OCTET moves all three."""
 
     name: str = "llm-finetune"
     """Of the cluster, its node and its links (shortened)."""
-    octet: int = 77
+    octet: int = field(default_factory=lambda: int(os.environ.get("LLM_FINETUNE_OCTET", "77")))
     """10.<octet>.0.0/24 is the node, 10.<octet+1>.0.0/16 the pods, 10.<octet+2>.0.0/16 the services."""
     link: str = "llmft0"
     """Bridge device that carries the node's address."""

@@ -1,0 +1,111 @@
+"""Takes the local cluster away: processes, mounts, links, nft tables, cgroups and files of its own. The cache stays."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from tools import shell
+from tools.cluster import daemons, kubernetes, network
+from tools.cluster.preflight import ours
+from tools.cluster.settings import Settings
+from tools.layout import Layout
+
+CGROUPS = Path("/sys/fs/cgroup")
+PODS = "kubepods*"
+
+
+def down(layout: Layout, settings: Settings) -> bool:
+    """Stop and remove everything but the cache. Safe to repeat, also after an interrupted `up`. Returns False if there was nothing."""
+    if not ours(layout):
+        return False
+    pids = layout.runtime / "pids"
+    for path in sorted(pids.glob("*")) if pids.exists() else []:
+        if path.name != "containerd":
+            daemons.stop(path)
+    _stop_pods(layout)
+    daemons.stop(pids / "containerd", timeout=20)
+    _unmount([layout.runtime, layout.state, kubernetes.KUBELET, layout.cache])
+    network.down(layout, settings)
+    for link in _pod_links():
+        shell.output(["ip", "link", "delete", link], env=layout.environment())
+    _remove_cgroups()
+    for path in (kubernetes.ETC, kubernetes.KUBELET, Path("/var/log/containers"), layout.runtime, layout.state):
+        shutil.rmtree(path, ignore_errors=False) if path.exists() else None
+    return True
+
+
+def _stop_pods(layout: Layout) -> None:
+    """Kill every process of a pod, then drop the containers from containerd's records (they would come back as orphans)."""
+    deadline = time.monotonic() + 30
+    while processes := set(_pod_processes(layout)):
+        for pid in processes:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        if time.monotonic() > deadline:
+            raise OSError(f"processes of pods do not end: {sorted(processes)}")
+        time.sleep(0.2)
+    env = layout.environment()
+    if shell.succeeds([*kubernetes.ctr(layout), "version"], env=env):
+        for task in shell.output([*kubernetes.ctr(layout), "tasks", "list", "--quiet"], env=env).split():
+            shell.succeeds([*kubernetes.ctr(layout), "tasks", "delete", "--force", task], env=env)
+        for container in shell.output([*kubernetes.ctr(layout), "containers", "list", "--quiet"], env=env).split():
+            shell.output([*kubernetes.ctr(layout), "containers", "delete", container], env=env)
+
+
+def _pod_processes(layout: Layout) -> Iterator[int]:
+    """Processes in a pod's cgroup, and the shims that belong to our containerd."""
+    for folder in _pod_cgroups():
+        for path in folder.rglob("cgroup.procs"):
+            try:
+                yield from (int(line) for line in path.read_text().split())
+            except OSError:
+                continue
+    ours = str(kubernetes.socket(layout)).encode()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        # Shims outlive containerd; those whose pods have ended can go while it still runs, it only logs that.
+        if words[0].endswith(b"containerd-shim-runc-v2") and ours in words:
+            yield int(path.parent.name)
+
+
+def _pod_cgroups() -> Iterator[Path]:
+    """The top cgroups of pods: in each controller's hierarchy (v1) or in the one (v2)."""
+    yield from CGROUPS.glob(PODS)
+    yield from CGROUPS.glob(f"*/{PODS}")
+
+
+def _remove_cgroups() -> None:
+    for top in _pod_cgroups():
+        for folder in sorted((p for p in top.rglob("*") if p.is_dir()), key=lambda p: len(p.parts), reverse=True):
+            folder.rmdir()
+        top.rmdir()
+
+
+def _pod_links() -> Iterator[str]:
+    """Host ends of pods' links whose pods' namespaces are gone (ptp names them veth...; a link with a route to our pod network)."""
+    routes = Path("/proc/net/route").read_text().splitlines()[1:]
+    octet = Settings().octet + 1
+    for line in routes:
+        link, destination = line.split()[:2]
+        address = int(destination, 16).to_bytes(4, "little")
+        if link.startswith("veth") and address[:2] == bytes((10, octet)):
+            yield link
+
+
+def _unmount(below: list[Path]) -> None:
+    """Unmount everything below the given folders, the innermost first."""
+    targets = [line.split()[4].replace("\\040", " ") for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    for target in reversed(targets):
+        if any(Path(target).is_relative_to(folder) for folder in below):
+            if not shell.succeeds(["umount", target]):
+                shell.output(["umount", "--lazy", target])

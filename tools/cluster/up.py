@@ -1,0 +1,211 @@
+"""`make up`: from a fresh machine to a fine-tuned model that answers, in steps that can be interrupted anywhere and repeated."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+
+import yaml
+from kubernetes import client
+
+from tools import argocd, charts, images
+from tools.cluster import debian, kubernetes, model, network, preflight, registry, sources, status
+from tools.cluster.settings import Settings
+from tools.errors import OperatorError
+from tools.layout import Layout
+from tools.progress import Runner, Step, clock
+
+Say = Callable[[str], None]
+ENVIRONMENT = "local"
+OWNER = 1000
+"""User of trainer and chatbot containers, who owns the storage."""
+RUN_TIMEOUT = 45 * 60
+"""Seconds after which waiting for the first run and the chatbot is given up."""
+
+
+class Up:
+    """The steps and what they hand each other."""
+
+    def __init__(self, layout: Layout, settings: Settings) -> None:
+        self.layout, self.settings = layout, settings
+        self.builder: images.Builder | None = None
+        self.digests: dict[str, str] = {}
+        self.repository = f"{settings.registry}/node"
+        """Of the images that kubeadm names."""
+
+    def steps(self) -> list[Step]:
+        """All of it. Two run at once: compilers on one side, downloads and image layers on the other."""
+        built = [(f"{s.name} from source", s) for s in sources.sources(self.settings)]
+        chain = [Step(name, lambda say, s=s: sources.build(s, self.layout, say), s.expected, after=(built[i - 1][0],) if i else ())
+                 for i, (name, s) in enumerate(built)]
+        return [
+            Step("Debian packages", self.packages, 15),
+            *chain,
+            Step("node services", self.services, 3, after=("Debian packages",)),
+            self._image("base", 60, "Debian packages"),
+            self._image("torch", 240, "base image"),
+            self._image("trainer", 120, "torch image"),
+            Step("base model", self.model, 10, after=("node services",)),
+            Step("trainer image to the node", lambda say: self.publish("trainer", say), 150, after=("trainer image", "node services")),
+            self._image("chatbot", 60, "trainer image to the node"),
+            Step("chatbot image to the node", lambda say: self.publish("chatbot", say), 30, after=("chatbot image",)),
+            Step("node images", self.node_images, 60, after=("base image", "node services", *(name for name, _ in built))),
+            Step("Kubernetes", self.kubernetes, 60, after=("node images",)),
+            Step("chart", self.chart, 5, after=("kuberay from source", "helm from source", "node services")),
+            Step("Argo CD", self.argocd, 40, after=("Kubernetes", "chart", "chatbot image to the node", "base model")),
+            Step("first run", self.first_run, 300, after=("Argo CD",)),
+            Step("chatbot", self.chatbot, 60, after=("first run",)),
+        ]
+
+    def _image(self, name: str, expected: float, after: str) -> Step:
+        return Step(f"{name} image", lambda say: self._builder().build(images.IMAGES[name], say), expected, after=(after,))
+
+    def _builder(self) -> images.Builder:
+        if self.builder is None:
+            self.builder = images.Builder(self.layout)
+        return self.builder
+
+    def packages(self, say: Say) -> bool:
+        return debian.unpack(self.layout, say)
+
+    def services(self, say: Say) -> bool:
+        """The node's address, registry and container runtime."""
+        network.up(self.layout, self.settings)
+        (self.layout.runtime / "buildah").mkdir(parents=True, exist_ok=True)
+        started = [registry.registry(self.layout, self.settings).start(self.layout),
+                   kubernetes.containerd(self.layout, self.settings, f"{self.repository}/pause:1").start(self.layout)]
+        self._storage()
+        return any(started)
+
+    def _storage(self) -> None:
+        """The shared storage is a folder of the cache, so that runs survive `make down`; pods see it under the state folder."""
+        storage = self.layout.storage
+        for path in (storage, storage / "runs", storage / "models"):
+            path.mkdir(parents=True, exist_ok=True)
+            os.chown(path, OWNER, OWNER)
+        link = self.layout.state / "storage"
+        if not link.is_symlink():
+            link.symlink_to(storage)
+        # Pods run as another user than the cache's owner: each folder on the way must let them pass.
+        for folder in storage.parents:
+            if folder.stat().st_mode & 0o001 == 0:
+                folder.chmod(folder.stat().st_mode | 0o011)
+
+    def model(self, say: Say) -> bool:
+        return model.place(self.layout, self.layout.storage, say)
+
+    def publish(self, name: str, say: Say) -> bool:
+        """Push one of our images to the node's registry and bring it into containerd."""
+        image = images.IMAGES[name]
+        digest = self._builder().push(image, f"{self.settings.registry}/llm-finetune", "local", say, local=True)
+        self.digests[name] = digest
+        say("unpacking")
+        return kubernetes.pull(self.layout, f"{self.settings.registry}/llm-finetune/{name}@{digest}", digest,
+                               self.layout.logs / f"image-{name}.log")
+
+    def node_images(self, say: Say) -> bool:
+        """What the embedded cluster itself runs, under the names that kubeadm expects."""
+        s, builder = self.settings, self._builder()
+        control_plane = ("kube-apiserver", "kube-controller-manager", "kube-scheduler", "kube-proxy")
+        names = [("node", name, s.kubernetes_version) for name in control_plane]
+        names += [("node", "etcd", s.etcd_version), ("coredns", "coredns", s.coredns_version), ("pause", "pause", "1"),
+                  ("argocd", "argocd", s.argocd_version), ("kuberay-operator", "kuberay-operator", s.kuberay_version)]
+        changed = False
+        for image, name, tag in names:
+            say(name)
+            changed |= builder.build(images.IMAGES[image], say)
+            digest = builder.push(images.IMAGES[image], self.repository, tag, say, local=True, name=name)
+            self.digests[name] = digest
+            changed |= kubernetes.pull(self.layout, f"{self.repository}/{name}:{tag}", digest, self.layout.logs / f"image-{image}.log")
+        return changed
+
+    def kubernetes(self, say: Say) -> bool:
+        return kubernetes.up(self.layout, self.settings, self.repository, say)
+
+    def chart(self, say: Say) -> bool:
+        """Package the chart with the operator's CRDs, and push it where Argo CD pulls it."""
+        charts.copy_crds(sources.module_directory(self.layout, "kuberay", charts.KUBERAY_MODULE))
+        version = yaml.safe_load((charts.CHART / "Chart.yaml").read_text())["version"]
+        archive = charts.package(version, self.layout.cache / "charts")
+        reference = charts.push(f"{self.settings.registry}/charts", archive, plain_http=True)
+        say(reference)
+        return True
+
+    def site(self) -> argocd.Site:
+        """What only this machine knows."""
+        s = self.settings
+        trainer, chatbot, operator = (self.digests[n] for n in ("trainer", "chatbot", "kuberay-operator"))
+        return argocd.Site(
+            git_url=s.git_url, chart_url=f"oci://{s.registry}/charts/llm-finetune", environments=[ENVIRONMENT],
+            git_revision=registry.BRANCH, plain_http=True,
+            images={"trainer": {"repository": f"{s.registry}/llm-finetune/trainer", "digest": trainer},
+                    "chatbot": {"repository": f"{s.registry}/llm-finetune/chatbot", "digest": chatbot},
+                    "kuberayOperator": {"repository": f"{self.repository}/kuberay-operator", "tag": s.kuberay_version, "digest": operator}})
+
+    def argocd(self, say: Say) -> bool:
+        """Argo CD's core, then the project's own objects; git with this checkout's HEAD."""
+        s = self.settings
+        say("git")
+        pushed = registry.push_head(self.layout, s)
+        registry.git_server(self.layout, s).start(self.layout)
+        say(pushed)
+        api = client.CoreV1Api(kubernetes.api_client(self.layout))
+        image = f"{self.repository}/argocd:{s.argocd_version}"
+        secrets = argocd.new_secrets(argocd.secret_values(api))
+        module = sources.module_directory(self.layout, "argocd", "github.com/argoproj/argo-cd/v3")
+        say("Argo CD's controllers")
+        kubernetes.apply(self.layout, argocd.core_install(module, image, image, secrets))
+        say("project and ApplicationSet")
+        kubernetes.apply(self.layout, argocd.site_manifests(self.site()))
+        for name, port, node_port in (("dashboard", s.dashboard_port, s.dashboard_port), ("chatbot", s.chatbot_port, s.chatbot_node_port)):
+            network.localhost_port(self.layout, s, name, port, node_port).start(self.layout)
+        return True
+
+    def first_run(self, say: Say) -> bool:
+        """Wait until the environment's run has ended well; show where it is."""
+        api = kubernetes.api_client(self.layout)
+        begin = time.monotonic()
+        waited = False
+        while True:
+            state = status.environment(api, ENVIRONMENT, self.layout)
+            if state.run_ended:
+                break
+            waited = True
+            say(state.line())
+            if state.failure:
+                raise OperatorError(f"{state.failure}\nSee `make status`, and the run's log: {state.log_command}")
+            if time.monotonic() - begin > RUN_TIMEOUT:
+                raise OperatorError(f"The run has not ended within {clock(RUN_TIMEOUT)}: {state.line()}. See `make status`.")
+            time.sleep(1.0)
+        return waited
+
+    def chatbot(self, say: Say) -> bool:
+        """Wait until the chatbot answers with the run's model."""
+        deadline = time.monotonic() + 600
+        waited = False
+        while not status.chatbot_ready(self.settings):
+            waited = True
+            say("loading the model")
+            if time.monotonic() > deadline:
+                raise OperatorError("The chatbot was not ready within 10 minutes. See `kubectl logs deployment/llm-finetune-chatbot`.")
+            time.sleep(1.0)
+        return waited
+
+
+def up(layout: Layout, settings: Settings) -> None:
+    """Everything, with progress; ends with what to open and type next."""
+    preflight.check(layout, settings)
+    layout.state.mkdir(parents=True, exist_ok=True)
+    (layout.state / "made-by-llm-finetune").write_text("`make down` removes this folder.\n")
+    begin = time.monotonic()
+    Runner(layout.cache / "timings.json").run(Up(layout, settings).steps(), at_once=2)
+    print(status.text(kubernetes.api_client(layout), layout, settings))
+    print(f"""
+Up in {clock(time.monotonic() - begin)}. Next:
+  open       http://localhost:{settings.chatbot_port}   (chatbot)   http://localhost:{settings.dashboard_port}   (Ray dashboard)
+  ask        make ask Q="Does aspirin prevent heart attacks?"
+  numbers    make results
+  retrain    git remote add local {registry.git_repository(layout, settings)}
+             edit environments/local/finetune.yaml (say, learning_rate), git commit, git push local HEAD:main
+  kubectl    export KUBECONFIG={layout.kubeconfig} PATH={layout.bin}:$PATH""")

@@ -13,57 +13,60 @@ export PYTHONPATH := $(CURDIR)
 TOOLS := $(CACHE)/venv/tools/bin/python
 TRAINER := $(CACHE)/venv/trainer/bin/python
 CHATBOT := $(CACHE)/venv/chatbot/bin/python
+TOOLS_VENV := $(CACHE)/venv/tools/.synced
+TRAINER_VENV := $(CACHE)/venv/trainer/.synced
+CHATBOT_VENV := $(CACHE)/venv/chatbot/.synced
 
 help: ## show this list
 	@echo "llm-finetune: fine-tune Llama models across GPU servers, by git push"; echo
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-up: $(TOOLS) ## a real Kubernetes on this machine, a fine-tuned model, a chatbot at http://localhost:7860 (root)
+up: $(TOOLS_VENV) ## a real Kubernetes on this machine, a fine-tuned model, a chatbot at http://localhost:7860 (root)
 	@$(TOOLS) -m tools up
 
-down: $(TOOLS) ## take the local cluster away; caches and runs stay (root)
+down: $(TOOLS_VENV) ## take the local cluster away; caches and runs stay (root)
 	@$(TOOLS) -m tools down
 
-status: $(TOOLS) ## every component, Application, run and URL
+status: $(TOOLS_VENV) ## every component, Application, run and URL
 	@$(TOOLS) -m tools status
 
-results: $(TOOLS) ## numbers of the last run as one JSON object (RUN=name for another)
+results: $(TOOLS_VENV) ## numbers of the last run as one JSON object (RUN=name for another)
 	@$(TOOLS) -m tools results $(if $(RUN),--run $(RUN))
 
-ask: $(TOOLS) ## Q="...": the running chatbot's answer
+ask: $(TOOLS_VENV) ## Q="...": the running chatbot's answer
 	@$(TOOLS) -m tools ask "$${Q:?Give a question: make ask Q=\"...\"}"
 
-try: $(TOOLS) $(TRAINER) $(CHATBOT) ## the same run without Kubernetes and without root, then the chatbot page
+try: $(TOOLS_VENV) $(TRAINER_VENV) $(CHATBOT_VENV) ## the same run without Kubernetes and without root, then the chatbot page
 	@$(TOOLS) -m tools try
 
-images: $(TOOLS) ## build the images; REGISTRY=host/path TAG=version pushes them and writes their digests
+images: $(TOOLS_VENV) ## build the images; REGISTRY=host/path TAG=version pushes them and writes their digests
 	@$(TOOLS) -m tools images $(if $(REGISTRY),--registry $(REGISTRY) --tag $(TAG))
 
-charts: $(TOOLS) ## package the chart with the operator's CRDs; REGISTRY=host/path pushes it
+charts: $(TOOLS_VENV) ## package the chart with the operator's CRDs; REGISTRY=host/path pushes it
 	@$(TOOLS) -m tools charts $(if $(REGISTRY),--registry $(REGISTRY))
 
-promote: $(TOOLS) ## FROM=dev TO=staging: promote a run by its evidence
+promote: $(TOOLS_VENV) ## FROM=dev TO=staging: promote a run by its evidence
 	@$(TOOLS) -m tools promote --from $(FROM) --to $(TO)
 
-rollback: $(TOOLS) ## ENV=staging: return to the release before
+rollback: $(TOOLS_VENV) ## ENV=staging: return to the release before
 	@$(TOOLS) -m tools rollback $(ENV)
 
-diff: $(TOOLS) ## ENV=local: what a push would change in the cluster
+diff: $(TOOLS_VENV) ## ENV=local: what a push would change in the cluster
 	@$(TOOLS) -m tools diff $(ENV)
 
-lint: $(TOOLS) ## ruff, mypy, environments, secrets, chart
+lint: $(TOOLS_VENV) ## ruff, mypy, environments, secrets, chart
 	@$(TOOLS) -m tools.checks lint
 
-test-fast: $(TOOLS) $(TRAINER) $(CHATBOT) ## lint, unit and chart tests: all that needs no cluster
+test-fast: $(TOOLS_VENV) $(TRAINER_VENV) $(CHATBOT_VENV) ## lint, unit and chart tests: all that needs no cluster
 	@$(TOOLS) -m tools.checks fast
 
-test: $(TOOLS) $(TRAINER) $(CHATBOT) ## lint, unit, chart and end-to-end tests on the local cluster (root)
+test: $(TOOLS_VENV) $(TRAINER_VENV) $(CHATBOT_VENV) ## lint, unit, chart and end-to-end tests on the local cluster (root)
 	@$(TOOLS) -m tools.checks all
 
-e2e: $(TOOLS) ## end-to-end tests on the running local cluster (root)
+e2e: $(TOOLS_VENV) ## end-to-end tests on the running local cluster (root)
 	@$(TOOLS) -m tools.checks e2e
 
-clean: $(TOOLS) ## down, and remove caches and runs
+clean: $(TOOLS_VENV) ## down, and remove caches and runs
 	@$(TOOLS) -m tools clean
 
 $(UV):
@@ -72,6 +75,6 @@ $(UV):
 	  || { echo "pip is needed once, to fetch uv: apt-get install python3-pip"; exit 1; }
 
 # One environment a part, exactly as its lock says; a changed lock renews it.
-$(CACHE)/venv/%/bin/python: %/pyproject.toml %/uv.lock | $(UV)
+$(CACHE)/venv/%/.synced: %/pyproject.toml %/uv.lock | $(UV)
 	@UV_PROJECT_ENVIRONMENT=$(CACHE)/venv/$* $(UV) sync --quiet --frozen --group test --project $* --python $(PYTHON)
 	@touch $@

@@ -12,11 +12,28 @@ and the run as it is written. tools/runid.py computes the same.
 {{- dict "image" $identity "run" .Values.run | toJson | sha256sum | trunc 10 -}}
 {{- end }}
 
+{{/* Versions of Helm treat nulls differently, and the run's name depends on what is left: (dict "value" v "where" "path"). */}}
+{{- define "finetune-job.refuseNulls" -}}
+{{- $where := .where -}}
+{{- if kindIs "invalid" .value -}}
+{{- fail (printf "%s is null. Leave the key out." $where) -}}
+{{- else if kindIs "map" .value -}}
+{{- range $key, $value := .value -}}
+{{- include "finetune-job.refuseNulls" (dict "value" $value "where" (printf "%s.%s" $where $key)) -}}
+{{- end -}}
+{{- else if kindIs "slice" .value -}}
+{{- range $i, $value := .value -}}
+{{- include "finetune-job.refuseNulls" (dict "value" $value "where" (printf "%s[%d]" $where $i)) -}}
+{{- end -}}
+{{- end -}}
+{{- end }}
+
 {{/* Name of RayJob, Ray Train run and run directory. */}}
 {{- define "finetune-job.id" -}}
 {{- if not .Values.run -}}
 {{- fail "finetune-job.run is empty while finetune-job.enabled is true. Write the run (environments/<env>/finetune.yaml), or set finetune-job.enabled: false." -}}
 {{- end -}}
+{{- include "finetune-job.refuseNulls" (dict "value" .Values.run "where" "finetune-job.run") -}}
 {{- $name := toString .Values.run.name -}}
 {{- if gt (len $name) 36 -}}
 {{- fail (printf "finetune-job.run.name (%s) has %d characters. With the hash the RayJob's name must stay within KubeRay's 47: use at most 36." $name (len $name)) -}}

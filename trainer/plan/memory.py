@@ -100,7 +100,7 @@ def state_bytes(load: Workload) -> tuple[float, float, float]:
     if load.engine == "fsdp":
         return (0, 0, 0) if load.offload == "cpu" else (4 * n / s, 4 * n / s, 8 * n / s)
     weights, gradients = c * n / (s if load.stage == 3 else 1), c * n / (s if load.stage >= 2 else 1)
-    return (weights, gradients, 0) if load.offload != "none" else (weights + master * n / s, gradients, 8 * n / s)
+    return (weights, 0, 0) if load.offload != "none" else (weights + master * n / s, gradients, 8 * n / s)
 
 
 def memory_of(load: Workload, gpu_memory: int = 0) -> Memory:
@@ -133,7 +133,8 @@ def memory_of(load: Workload, gpu_memory: int = 0) -> Memory:
 def host_bytes(load: Workload, node_workers: int) -> int:
     """Memory of a node's host that the run holds: offloaded state, and the reused buffers of asynchronous checkpoints."""
     staging = 12 * load.trained / load.shards
-    offloaded = 16 * load.trained / load.shards if load.offload == "cpu" else 0
+    # masters, moments and float32 gradients; DeepSpeed receives the gradients in bf16 besides
+    offloaded = (18 if load.engine == "deepspeed" else 16) * load.trained / load.shards if load.offload == "cpu" else 0
     return int(node_workers * (staging + offloaded))
 
 

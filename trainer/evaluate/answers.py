@@ -37,10 +37,10 @@ class Result:
 
 
 def evaluate_model(model: PreTrainedModel, tokenizer: Any, rows: Sequence[Row], generate: Collection[int], max_new_tokens: int,
-                   stop: Collection[int], progress: Progress = lambda done, total, text: None) -> list[dict[str, Any]]:
+                   stop: Collection[int], decision: bool, progress: Progress = lambda done, total, text: None) -> list[dict[str, Any]]:
     """Results (as dicts) of one model on `rows`; those whose index is in `generate` are also answered in full.
 
-    `stop`: tokens that end an answer. Deterministic for the same rows, device and type, up to rounding that depends on how many
+    `stop`: tokens that end an answer; `decision`: the run's answers end with the decision. Deterministic for the same rows, device and type, up to rounding that depends on how many
     rows share a batch.
     """
     reader, budget = Reader(model), token_budget(model, model.device)
@@ -56,7 +56,7 @@ def evaluate_model(model: PreTrainedModel, tokenizer: Any, rows: Sequence[Row], 
 
     def own(batch: list[Row]) -> None:
         prefix = reader.prefill([row.prompt for row in batch])
-        questions = [own_question(row, tokenizer)[1] if row.decision else [row.target[:1]] for row in batch]
+        questions = [own_question(row, tokenizer, decision)[1] if row.decision else [row.target[:1]] for row in batch]
         losses, decisions = reader.score(prefix, [[row.target] for row in batch]), reader.score(prefix, questions)
         for row, loss, scores in zip(batch, losses, decisions, strict=True):
             result = results[row.index]

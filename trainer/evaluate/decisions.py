@@ -9,15 +9,13 @@ and continuation together, and cut where the context alone ends; what is too lon
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
 
+from trainer.data.formats import DECISION, encode
 from trainer.evaluate.rows import CHOICES, Row
 
-
-class Encoder(Protocol):
-    """What is needed of a tokenizer of transformers."""
-
-    def encode(self, text: str, add_special_tokens: bool = ..., **kwargs: Any) -> list[int]: ...
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 Question = tuple[list[int], list[list[int]]]
@@ -29,7 +27,7 @@ def harness_prompt(row: Row) -> str:
     return f"Abstract: {row.context}\nQuestion: {row.question}\nAnswer:"
 
 
-def encode_pair(tokenizer: Encoder, context: str, continuation: str) -> tuple[list[int], list[int]]:
+def encode_pair(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str) -> tuple[list[int], list[int]]:
     """Tokens of the context and of the continuation, as lm-evaluation-harness splits them (`TemplateLM._encode_pair`)."""
     spaces = len(context) - len(context.rstrip())
     if spaces:
@@ -38,32 +36,18 @@ def encode_pair(tokenizer: Encoder, context: str, continuation: str) -> tuple[li
     return before, whole[len(before):]
 
 
-def harness_question(row: Row, tokenizer: Encoder, longest: int) -> Question:
+def harness_question(row: Row, tokenizer: PreTrainedTokenizerBase, longest: int) -> Question:
     """The row as lm-evaluation-harness asks it; at most `longest` tokens are read by the model."""
     pairs = [encode_pair(tokenizer, harness_prompt(row), f" {choice}") for choice in CHOICES]
     prompt, most = pairs[0][0], max(len(c) for _, c in pairs)
     return prompt[-max(1, longest + 1 - most):], [c for _, c in pairs]
 
 
-def decision_lead(row: Row) -> str:
-    """The text that the run's format puts between prompt and decision where the answer is left out ("Decision: "), or "".
-
-    Found in the row's completion, so that it holds for every format: what stands before the answer, then what stands between the
-    answer and the last mention of the decision.
-    """
-    at = row.completion.find(row.answer)
-    if at < 0 or not row.decision:
-        return ""
-    before, rest = row.completion[:at], row.completion[at + len(row.answer):]
-    end = rest.lower().rfind(row.decision)
-    return before + rest[:end].lstrip() if end >= 0 else before
-
-
-def own_question(row: Row, tokenizer: Encoder) -> Question:
-    """The row in the run's own prompt, asked for the decision at once."""
-    lead = decision_lead(row)
-    texts = [lead + choice if lead else f" {choice}" for choice in CHOICES]
-    return row.prompt, [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+def own_question(row: Row, tokenizer: PreTrainedTokenizerBase, decision: bool) -> Question:
+    """The row in the run's own prompt, asked for the decision at once: after the words that announce it if the run's answers end
+    with a decision (`decision`), else as the answer itself."""
+    lead = DECISION.lstrip() if decision else ""
+    return row.prompt, [encode(tokenizer, lead + choice) for choice in CHOICES]
 
 
 def chosen(scores: Sequence[float]) -> int:

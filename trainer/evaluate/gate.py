@@ -89,12 +89,12 @@ def _text(value: float) -> str:
 def _metric(name: str, entry: dict[str, Any], report: dict[str, Any], served: dict[str, Any] | None) -> list[tuple[bool, str]]:
     """(passed, reason) for each threshold of one metric."""
     tuned, difference = report.get("tuned", {}).get(name), report.get("difference", {}).get(name)
-    if not _number(tuned) or not isinstance(difference, dict):
-        return [(False, f"{name}: the report has no such metric (not evaluated, or no rows for it)")]
+    if not _number(tuned) or not isinstance(difference, dict) or not _number(difference.get("mean")):
+        return [(False, f"{name}: the report has no such figure (not evaluated, no rows for it, or not a finite number)")]
     sign = -1 if difference["better"] == "lower" else 1
     gain, basis = sign * difference["mean"], "on average"
     if (level := entry.get("confidence")) is not None:
-        bounds = {float(k): v for k, v in difference.get("bounds", {}).items()}
+        bounds = {float(k): v for k, v in difference.get("bounds", {}).items() if _number(v)}
         if level not in bounds:
             return [(False, f"{name}: the report has no bound at confidence {level}; it has {', '.join(map(str, sorted(bounds)))}")]
         gain, basis = bounds[level], f"at least, with {level:.1%} confidence"

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from trainer.data.formats import answer_text
 from trainer.data.shards import TokenShards
 from trainer.errors import UserError
 
@@ -28,16 +29,18 @@ class Row:
     answer: str
     decision: str
     """One of CHOICES, or empty."""
-    completion: str
-    """What the prompt is answered with in this run's format: answer, and decision if the format has it."""
+    reference: str
+    """What is expected after the prompt: the answer, and the decision if the run's answers end with it."""
     prompt: list[int]
     """Tokens before the answer."""
     target: list[int]
     """Tokens of the completion, with the one that ends it."""
 
 
-def held_out(dataset: Path, limit: int, seed: int) -> list[Row]:
+def held_out(dataset: Path, limit: int, seed: int, decision: bool) -> list[Row]:
     """The rows of `dataset`/test.jsonl with their tokens, in an order shuffled by `seed`; at most `limit` (0: all).
+
+    `decision`: the run's answers end with the decision (run.data.decision).
 
     The shuffle makes every prefix a random sample: generation takes the first rows, the report's samples the first of those.
     """
@@ -52,16 +55,17 @@ def held_out(dataset: Path, limit: int, seed: int) -> list[Row]:
                         "`python -m trainer prepare` again.")
     order = list(range(len(documents)))
     random.Random(seed).shuffle(order)
-    return [_row(i, documents[i], shards) for i in order[:limit or None]]
+    return [_row(i, documents[i], shards, decision) for i in order[:limit or None]]
 
 
-def _row(index: int, document: dict[str, str], shards: TokenShards) -> Row:
+def _row(index: int, document: dict[str, str], shards: TokenShards, with_decision: bool) -> Row:
     tokens, start = shards.row(index)
     decision = (document.get("decision") or "").strip().lower()
     context = document.get("context") or ""
     return Row(index=index, id=str(document["id"]), question=document["question"],
                context=context if isinstance(context, str) else "\n".join(context),
-               answer=document["answer"], decision=decision if decision in CHOICES else "", completion=document["completion"],
+               answer=document["answer"], decision=decision if decision in CHOICES else "",
+               reference=answer_text(document["answer"], decision if with_decision else ""),
                prompt=tokens[:start].tolist(), target=tokens[start:].tolist())
 
 

@@ -62,7 +62,7 @@ def evaluate(config: Config, paths: RunPaths, rank: int = 0, world: int = 1, dev
     require_manifest(paths.dataset, "prepare")
     manifest = require_manifest(paths.model, "export")
     settings = config.run.evaluation
-    rows = held_out(paths.dataset, settings.rows, config.run.seed)
+    rows = held_out(paths.dataset, settings.rows, config.run.seed, config.run.data.decision)
     done_for = {"format": FORMAT, "model_sha256": directory_digest(manifest), "rows_sha256": rows_digest(rows),
                 "settings": to_dict(settings)}
     before = read_evaluation(paths)
@@ -83,7 +83,8 @@ def evaluate(config: Config, paths: RunPaths, rank: int = 0, world: int = 1, dev
             progress(done + number * total, 2 * total, f"{name} model: {text}")
 
         model = load()
-        results[name] = evaluate_model(model, tokenizer, mine, generate, settings.max_new_tokens, stop, advance) if mine else []
+        results[name] = evaluate_model(model, tokenizer, mine, generate, settings.max_new_tokens, stop,
+                                       config.run.data.decision, advance) if mine else []
         del model
         gc.collect()
         if device.type == "cuda":
@@ -151,8 +152,8 @@ def summarise(rows: Sequence[Row], base: dict[int, dict[str, Any]], tuned: dict[
 
     groups = [[Metric("loss", loss(base), loss(tuned), mean, True), Metric("perplexity", loss(base), loss(tuned), exp_mean, True)]]
     if answered := list(rows[:generated]):
-        groups.append([metric("token_f1", answered, lambda row, r: token_f1(r["answer"], row.completion)),
-                       metric("rouge_l", answered, lambda row, r: rouge_l(r["answer"], row.completion)),
+        groups.append([metric("token_f1", answered, lambda row, r: token_f1(r["answer"], row.reference)),
+                       metric("rouge_l", answered, lambda row, r: rouge_l(r["answer"], row.reference)),
                        metric("looping", answered, lambda row, r: repetition(r["answer"]) >= LOOPING, lower=True),
                        metric("cut", answered, lambda row, r: r["cut"], lower=True),
                        metric("empty", answered, lambda row, r: not r["answer"], lower=True),
@@ -185,6 +186,6 @@ def finite(value: Any) -> Any:
 
 def samples(rows: Sequence[Row], base: dict[int, dict[str, Any]], tuned: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
     """Questions with the reference and both answers: the first rows of the shuffled order, not chosen by result."""
-    return [{"id": row.id, "question": row.question, "context": row.context, "reference": row.completion.strip(),
+    return [{"id": row.id, "question": row.question, "context": row.context, "reference": row.reference,
              "decision": row.decision, "base": base[row.index]["answer"], "tuned": tuned[row.index]["answer"],
              "base_cut": base[row.index]["cut"], "tuned_cut": tuned[row.index]["cut"]} for row in rows]

@@ -1,1 +1,1 @@
-"""report.json, report.md and report.html of a run."""
+"""What a run has come to: report.json, report.md, report.html and the model card."""

@@ -212,11 +212,13 @@ class Training:
     def _after(self, data: Step) -> str:
         """Evaluate, save, stop: whatever is due after this step. Returns why training ends, or nothing."""
         train = self.config.run.train
+        if self._ends(data):  # `_finish` evaluates and saves; also when asked to end, because that is all that is left
+            return ""
         last = self.step >= self.state.total_steps and bool(train.max_steps)
         rows = len(self.shards)
         crossed = math.floor((data.epoch * rows + 0.5) / rows) > math.floor(((data.epoch * rows) - data.rows + 0.5) / rows)
         reason = "the configured steps are done" if last else ""
-        if not last and (self.step % train.eval_every == 0 if train.eval_every else crossed) and not self._ends(data):
+        if not last and (self.step % train.eval_every == 0 if train.eval_every else crossed):
             reason = self._evaluate()
         self._outcomes()
         if self._stopping and not reason:
@@ -226,7 +228,7 @@ class Training:
         return reason
 
     def _ends(self, data: Step) -> bool:
-        """Whether this was the last step of the data: the evaluation after the end then does."""
+        """Whether this was the last step of the data."""
         return round(data.epoch * len(self.shards)) >= self.planner.total
 
     def _emit(self, step: Pending, loss_sum: float, norm: float) -> None:
@@ -279,7 +281,9 @@ class Training:
             self._report({"step": self.step, **{k: v for k, v in state.metrics.items() if k != "eval_step"}})
         if state.best_eval is None or loss < state.best_eval:
             state.best_eval, state.bad_evals = loss, 0
-            self._save_wanted |= self.config.run.checkpoint.keep_best > 0
+            if self.config.run.checkpoint.keep_best:  # at this step and no later one, whose held-out loss is not known
+                self.checkpointer.wait()
+                self._save_wanted, self._busy = True, False
         else:
             state.bad_evals += 1
         if train.stop_perplexity and perplexity <= train.stop_perplexity:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import json
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -48,6 +50,18 @@ class Ranks:
         if int(count):
             dist.broadcast(out, 0, group=self._group)
         return out.tolist()
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's JSON-able object, by rank."""
+        data = json.dumps(value).encode()
+        sizes = [size for (size,) in self.gather([len(data)])]
+        if self._group is None:
+            return [json.loads(data)]
+        mine = torch.zeros(max(sizes), dtype=torch.uint8)
+        mine[:len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        out = [torch.empty_like(mine) for _ in sizes]
+        dist.all_gather(out, mine, group=self._group)
+        return [json.loads(t[:size].numpy().tobytes()) for t, size in zip(out, sizes, strict=True)]
 
     def barrier(self) -> None:
         """Until every rank is here."""

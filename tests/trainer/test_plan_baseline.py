@@ -20,7 +20,7 @@ from trainer.plan.workload import Workload
 LLAMA = KNOWN["Llama-2-7b"]
 BASE = Workload(model=LLAMA, method="full", trained=LLAMA.parameters, engine="fsdp", stage=3, offload="none", shards=4, replicas=1,
                 tokens=16384, micro_batches=1, checkpointing="none", budget=0.6, compiled=True, float8="none", compute_bytes=2,
-                reduce_bytes=4, dropout=0.0, answer_share=0.132, row_tokens=410)
+                reduce_bytes=4, gradient_bytes=4, dropout=0.0, answer_share=0.132, row_tokens=410)
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ class Run:
         model = replace(LLAMA, layers=self.layers)
         trained = model.adapters(self.lora, ["all-linear"]) if self.lora else model.parameters
         return replace(BASE, model=model, method="lora" if self.lora else "full", trained=trained, shards=self.gpus, tokens=self.tokens,
-                       micro_batches=self.micro, checkpointing=self.checkpointing, reduce_bytes=self.reduce, engine=self.engine,
+                       micro_batches=self.micro, checkpointing=self.checkpointing, reduce_bytes=self.reduce,
+                       gradient_bytes=2 if self.engine == "deepspeed" else 4, engine=self.engine,
                        stage=self.stage, compiled=self.compiled, float8=self.float8, answer_share=self.share, loss_chunk=self.chunk)
 
 

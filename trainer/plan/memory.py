@@ -87,20 +87,21 @@ def activation_bytes(load: Workload, kept: float) -> float:
 
 def state_bytes(load: Workload) -> tuple[float, float, float]:
     """(weights, gradients, optimizer) on the GPU, bytes; gradients as they are when the backward pass ends."""
-    m, n, s, c = load.model, load.trained, load.shards, load.compute_bytes
+    m, n, s, c, g = load.model, load.trained, load.shards, load.compute_bytes, load.gradient_bytes
     master = 4 if c == 2 else 0
+    frozen = 0.0
     if load.adapters:
         linear = m.layers * m.layer_linear if load.method == "qlora" else 0
         frozen = linear * NF4 + (m.parameters - linear) * c
-        if load.engine == "deepspeed":
-            return (frozen + c * n) / (s if load.stage == 3 else 1) + master * n / s, c * n / (s if load.stage > 1 else 1), 8 * n / s
-        return frozen + (c + master) * n, load.reduce_bytes * n, 8 * n
     if load.engine == "replicated":
-        return (c + master) * n, (load.reduce_bytes if c == 2 else 4) * n, 8 * n
+        return frozen + (c + master) * n, g * n, 8 * n
     if load.engine == "fsdp":
-        return (0, 0, 0) if load.offload == "cpu" else (4 * n / s, 4 * n / s, 8 * n / s)
-    weights, gradients = c * n / (s if load.stage == 3 else 1), c * n / (s if load.stage >= 2 else 1)
-    return (weights, 0, 0) if load.offload != "none" else (weights + master * n / s, gradients, 8 * n / s)
+        return (0, 0, 0) if load.offload == "cpu" else (4 * n / s, g * n / s, 8 * n / s)
+    # ZeRO keeps bf16 weights and float32 masters; stage 1 accumulates whole gradients in float32, beside those of the computing type.
+    weights = (frozen + c * n) / (s if load.stage == 3 else 1)
+    gradients = g * n / s if load.stage > 1 else (g + c) * n
+    return (weights, gradients if load.stage == 1 else 0, 0) if load.offload != "none" else (
+        weights + master * n / s, gradients, 8 * n / s)
 
 
 def memory_of(load: Workload, gpu_memory: int = 0) -> Memory:

@@ -8,7 +8,8 @@ Between nodes, per optimizer step with M micro-batches and P parameters (weights
 
     flat, stage 3 (weights dropped after use)      M x (2 c P + r P)        FSDP and ZeRO-3 reduce each micro-batch
     flat, stage 2, FSDP (weights kept to backward) M x (c P + r P)
-    ZeRO-1 and -2                                  c P + r P                M x r P for stage 2: it has no room for whole gradients
+    ZeRO-1                                         c P + r P                gradients are kept whole until the last micro-batch
+    ZeRO-2                                         c P + M x r P
     hybrid (sharded inside nodes)                  2 r P                    once a step, whatever M
     adapters                                       2 r P_adapters           once a step
 """
@@ -55,11 +56,9 @@ def traffic_of(load: Workload, nodes: int) -> Traffic:
         return Traffic(0, moved, 0, moved if nodes > 1 else 0, 0, 1, world)
     gathers = 1 if load.stage == 2 else 2
     if load.engine == "deepspeed" and load.stage < 3:
-        reduce = c * p * ring
+        reduce = r * p * ring
         micro, step = (reduce, c * p * ring) if load.stage == 2 else (0, reduce + c * p * ring)
         return Traffic(micro, step, micro if nodes > 1 else 0, step if nodes > 1 else 0, pieces if micro else 0, 2 * pieces, world)
-    if load.engine == "deepspeed":
-        r = c  # ZeRO-3 sends gradients in the computing type
     inside = (load.shards - 1) / load.shards
     reduced = 0 if load.adapters else r * p
     if load.replicas == 1:

@@ -94,6 +94,8 @@ class Workload:
     """Bytes of a number in the forward pass."""
     reduce_bytes: int
     """Bytes of a gradient number on its way between workers."""
+    gradient_bytes: int
+    """Bytes of a gradient number while it is accumulated over micro-batches."""
     dropout: float
     """Dropout before the adapters."""
     answer_share: float
@@ -131,11 +133,13 @@ def workload_of(config: Config, model: Architecture, group: Group, tokens: int, 
     if kind == "fsdp" and engine.offload == "none" and (world == 1 or not full):
         kind = "replicated"
     shards = 1 if kind == "replicated" else min(group.node_workers, world) if engine.shard_group == "node" else world
+    compute = 4 if run.model.dtype == "float32" else 2
+    reduce = 4 if engine.reduce_dtype == "float32" or compute == 4 else 2
     on_gpu = config.resources.gpus_per_worker > 0 or group.gpu is not None
     return Workload(
         model=model, method=run.method.kind, trained=model.parameters if full else model.adapters(run.method.rank, run.method.targets),
         engine=kind, stage=engine.zero_stage, offload=engine.offload, shards=shards, replicas=max(1, world // shards), tokens=tokens,
         micro_batches=micro_batches, checkpointing="none" if engine.checkpointing == "auto" else engine.checkpointing,
         budget=engine.activation_budget, compiled=engine.compile and on_gpu, float8=engine.float8,
-        compute_bytes=4 if run.model.dtype == "float32" else 2, reduce_bytes=4 if engine.reduce_dtype == "float32" else 2,
-        dropout=run.method.dropout, answer_share=answer_share, row_tokens=row_tokens)
+        compute_bytes=compute, reduce_bytes=reduce, gradient_bytes=reduce if kind == "replicated" else 4, dropout=run.method.dropout,
+        answer_share=answer_share, row_tokens=row_tokens)

@@ -72,8 +72,8 @@ def evaluate(config: Config, paths: RunPaths, rank: int = 0, world: int = 1, dev
     tokenizer = AutoTokenizer.from_pretrained(paths.model, trust_remote_code=False)
     stop = stop_tokens(paths, rows, tokenizer)
     generate = {row.index for row in rows[:max(settings.generate_rows, settings.samples)]}
-    part, answered = share(rows, rank, world), share([row for row in rows if row.index in generate], rank, world)
-    mine = [row for row in part if row.index not in generate] + answered
+    answered, others = ([row for row in rows if (row.index in generate) is side] for side in (True, False))
+    mine = share(others, world - 1 - rank, world) + share(answered, rank, world)
     dtype = DTYPES[config.run.export.dtype] if device.type == "cuda" else torch.float32
     results: dict[str, list[dict[str, Any]]] = {}
     loaders: dict[str, Callable[[], PreTrainedModel]] = {

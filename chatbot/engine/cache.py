@@ -7,15 +7,27 @@ call `attend` (registered as the attention implementation `rows`), which is told
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as functional
 from transformers import AttentionInterface
 
 IMPLEMENTATION = "rows"
 """Name of the attention implementation in transformers' registry."""
+
+
+def zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Zeros, not empty memory: masked positions enter the attention's product with weight 0, and 0 * NaN is NaN.
+
+    On a CPU the memory is the operating system's zero pages (numpy's calloc; torch.zeros writes): rows never used cost nothing.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, device=device, dtype=dtype)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
 class Cache:
@@ -25,11 +37,9 @@ class Cache:
         heads = config.num_key_value_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.rows, self.length = rows, length
-        # Zeros, not empty: masked positions still enter the product with weight 0, and 0 * NaN is NaN. On a CPU zeroed memory
-        # is only taken when it is written to, so unused rows cost nothing.
         shape = (rows, heads, length + 1, size)
-        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
-        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
+        self.keys = [zeros(shape, device, dtype) for _ in range(config.num_hidden_layers)]
+        self.values = [zeros(shape, device, dtype) for _ in range(config.num_hidden_layers)]
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of a row onto another row."""

@@ -82,7 +82,7 @@ class Page:
     async def ask(self, left: Messages, right: Messages, mode: str, context: str, temperature: float, top_p: float, length: float,
                   request: gr.Request) -> AsyncIterator[tuple[Any, ...]]:
         """Answer the last message; yields (left, right, line under left, line under right, exchanges)."""
-        question = Question(turns_of(left), context.strip(), temperature, top_p, int(length), who=self.who(request))
+        question = Question(turns_of(left), (context or "").strip(), temperature, top_p, int(length), who=self.who(request))
         models: list[ModelName] = ["tuned", "base"] if mode == BOTH else ["base" if mode == BASE else "tuned"]
         sides = [[*left], [*right, left[-1]] if mode == BOTH else []]
         lines, exchanges = ["", ""], [""] * 2
@@ -207,7 +207,7 @@ def build(config: Config, conversation: Conversation) -> gr.Blocks:
                          submit_btn=True, stop_btn=False, autofocus=True, elem_id="box")
         stop = gr.Button("Stop", variant="stop", visible=False, elem_id="stop")
         with gr.Accordion("Context: the abstract that the question is about", open=False) as context_box:
-            context = gr.Textbox(show_label=False, label="Context", lines=6, max_lines=14, max_length=20000, elem_id="context",
+            context = gr.Textbox("", show_label=False, label="Context", lines=6, max_lines=14, max_length=20000, elem_id="context",
                                  placeholder="Paste an abstract. It is put into the prompt in the form that the model was trained on.")
         with gr.Accordion("Settings", open=False):
             with gr.Row():
@@ -219,7 +219,7 @@ def build(config: Config, conversation: Conversation) -> gr.Blocks:
                 clear = gr.Button("New conversation", size="sm")
                 theme = gr.Button("Light / dark", size="sm")
         with gr.Accordion("Comment on the last answer", open=False, visible=feedback):
-            comment = gr.Textbox(show_label=False, label="Comment", max_length=2000, submit_btn="Send",
+            comment = gr.Textbox("", show_label=False, label="Comment", max_length=2000, submit_btn="Send",
                                  placeholder="What was wrong or right? Kept with the question and the answer; personal data is removed.")
         with gr.Accordion("About this model", open=False):
             about = gr.HTML(elem_classes="about")

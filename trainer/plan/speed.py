@@ -26,6 +26,8 @@ STREAM = 0.65
 """Share of the memory bandwidth that copies and the optimizer reach."""
 CAST_BYTES = 25
 """Bytes a parameter and micro-batch to cast and copy sharded weights (forward, backward) and gradients; 16 if gathered once."""
+ACCUMULATE_BYTES = {4: 10, 2: 6}
+"""Bytes a parameter and micro-batch to add whole gradients up, by the bytes of the sum's numbers (weights whole on the worker)."""
 ADAM_BYTES = 28
 """Bytes a parameter that AdamW reads and writes."""
 ZERO_BYTES = 32
@@ -111,6 +113,8 @@ def step_time(load: Workload, gpu: Gpu, traffic: Traffic, network_gbps: float, n
     copies = 0.0
     if load.engine != "replicated" and not load.adapters:
         copies = (16 if load.engine == "fsdp" and load.stage == 2 else CAST_BYTES) * n / bandwidth
+    elif not load.adapters:
+        copies = ACCUMULATE_BYTES[load.gradient_bytes] * n / bandwidth
     if load.method == "qlora":
         copies += load.model.layers * load.model.layer_linear * DEQUANTISE * (1 + recomputed(load) / 2) / (gpu.bandwidth_gbs * 1e9)
     optimizer = ADAM_BYTES * load.trained / load.shards / bandwidth

@@ -121,8 +121,10 @@ class Builder:
             context = self.layout.bin
         say("building")
         command: list[str | Path] = [
-            "buildah", "build", "--signature-policy", self.folder / "policy.json", "--layers", "--pull=never", "--timestamp", "0",
-            "--format", "oci", "--network", "host", "--file", REPOSITORY / "images" / image.folder / "Dockerfile",
+            "buildah", "build", "--signature-policy", self.folder / "policy.json", "--layers", "--force-rm", "--pull=never",
+            "--timestamp", "0",
+            "--format", "oci",
+            "--network", "host", "--file", REPOSITORY / "images" / image.folder / "Dockerfile",
             "--ignorefile", REPOSITORY / ".dockerignore", "--tag", f"localhost/{image.name}"]
         if image.base:
             command += ["--build-arg", f"BASE=localhost/{image.base}"]

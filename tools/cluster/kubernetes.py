@@ -11,7 +11,8 @@ from typing import Any
 
 import httpx
 import yaml
-from kubernetes import client, config as kubernetes_config
+from kubernetes import client
+from kubernetes import config as kubernetes_config
 
 from tools import shell
 from tools.cluster import host, network
@@ -102,7 +103,8 @@ def _kubeadm_config(layout: Layout, settings: Settings, repository: str) -> str:
          "networking": {"podSubnet": settings.pod_network, "serviceSubnet": settings.service_network},
          "etcd": {"local": {"imageTag": settings.etcd_version, "dataDir": str(layout.state / "etcd"),
                             # The cluster is thrown away by `make down`: a power cut may cost it its last second.
-                            "extraArgs": [{"name": "unsafe-no-fsync", "value": "true"}, {"name": "quota-backend-bytes", "value": "1073741824"}]}},
+                            "extraArgs": [{"name": "unsafe-no-fsync", "value": "true"},
+                                          {"name": "quota-backend-bytes", "value": "1073741824"}]}},
          "dns": {"imageTag": settings.coredns_version},
          "apiServer": {"extraArgs": [{"name": "goaway-chance", "value": "0"}]}},
         {"apiVersion": "kubelet.config.k8s.io/v1beta1", "kind": "KubeletConfiguration", "cgroupDriver": host.cgroup_driver(),
@@ -181,8 +183,14 @@ def up(layout: Layout, settings: Settings, repository: str, say: Say) -> bool:
         (layout.state / "addons").write_text("")
     say("node")
     shell.run([layout.kubectl, "wait", "node", settings.name, "--for=condition=Ready", "--timeout=120s"], log, env=env)
-    shell.run([layout.kubectl, "--namespace", "kube-system", "rollout", "status", "deployment/coredns", "--timeout=120s"], log, env=env)
+    wait_rollout(layout, "kube-system", "deployment/coredns")
     return fresh or started
+
+
+def wait_rollout(layout: Layout, namespace: str, workload: str, seconds: int = 180) -> None:
+    """Wait until a workload (`deployment/name`) runs as it was last applied."""
+    shell.output([layout.kubectl, "--namespace", namespace, "rollout", "status", workload, f"--timeout={seconds}s"],
+                 env=layout.environment(), timeout=seconds + 10)
 
 
 def apply(layout: Layout, manifests: list[dict[str, Any]], *, kubeconfig: Path | None = None) -> None:

@@ -50,7 +50,7 @@ def problems(layout: Layout, settings: Settings) -> Iterator[str]:
         yield f"a kubelet runs here (pid {process}). Use that cluster instead: docs/site-preparation.md."
     ports = [("127.0.0.1", settings.dashboard_port), ("127.0.0.1", settings.chatbot_port), *_node_ports(settings)]
     for address, port in ports:
-        if not _free(address, port):
+        if not free(address, port):
             yield f"port {port} on {address or 'this host'} is taken. Stop what listens there (ss -ltnp 'sport = :{port}')."
     for network in _conflicts(settings):
         yield f"{network} is already routed on this host. Set LLM_FINETUNE_OCTET to another number (now {settings.octet})."
@@ -74,7 +74,7 @@ def _node_ports(settings: Settings) -> list[tuple[str, int]]:
             ("", 10256)]
 
 
-def _free(address: str, port: int) -> bool:
+def free(address: str, port: int) -> bool:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -156,6 +156,11 @@ class Up:
         module = sources.module_directory(self.layout, "argocd", "github.com/argoproj/argo-cd/v3")
         say("Argo CD's controllers")
         kubernetes.apply(self.layout, argocd.core_install(module, image, image, secrets))
+        # The ApplicationSet gives up for minutes if the repo-server does not answer its first question.
+        for workload in ("deployment/argocd-repo-server", "deployment/argocd-applicationset-controller",
+                         "statefulset/argocd-application-controller"):
+            say(f"waiting for {workload}")
+            kubernetes.wait_rollout(self.layout, argocd.NAMESPACE, workload)
         say("project and ApplicationSet")
         kubernetes.apply(self.layout, argocd.site_manifests(self.site()))
         for name, port, node_port in (("dashboard", s.dashboard_port, s.dashboard_port), ("chatbot", s.chatbot_port, s.chatbot_node_port)):

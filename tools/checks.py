@@ -1,0 +1,101 @@
+"""`make lint`, `make test-fast`, `make test` and `make e2e`: what is run in which order, fast things first, and a summary at the end.
+
+A suite that fails does not hide the next ones; the exit code is that of the worst. The closing line sums up pytest's counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+from tools.layout import REPOSITORY, Layout
+from tools.progress import clock
+
+FAST_MARK = "not slow"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One command of a suite."""
+
+    name: str
+    command: list[str]
+    """First word `tools`, `trainer` or `chatbot`: that environment's Python."""
+
+
+def _pytest(environment: str, *paths: str, mark: str = FAST_MARK) -> list[str]:
+    return [environment, "-m", "pytest", "-q", "--timeout", "900", "-p", "no:cacheprovider", "-m", mark, "-rs", *paths]
+
+
+LINT = [
+    Check("ruff", ["tools", "-m", "ruff", "check", "."]),
+    Check("mypy", ["tools", "-m", "mypy", "tools"]),
+    Check("environments", ["tools", "-m", "tools", "environments", "check"]),
+    Check("chart schemas", ["tools", "-m", "tools.charts", "schema", "--check"]),
+]
+UNIT = [
+    Check("tools", _pytest("tools", "tests/tools")),
+    Check("charts", _pytest("tools", "tests/charts")),
+    Check("trainer", _pytest("trainer", "tests/trainer")),
+    Check("chatbot", _pytest("chatbot", "tests/chatbot")),
+]
+CLUSTER = [
+    Check("local cluster up", ["tools", "-m", "tools", "up"]),
+    Check("end to end", _pytest("tools", "tests/e2e")),
+]
+SUITES = {"lint": LINT, "fast": [*LINT, *UNIT], "all": [*LINT, *UNIT, *CLUSTER], "e2e": CLUSTER}
+NOT_RUN = {
+    "lint": "tests (make test)",
+    "fast": "end-to-end tests on the local cluster (make test), slow tests (make test-slow)",
+    "all": "slow tests (make test-slow), fault tests (make chaos), benchmarks (benchmarks/)",
+    "e2e": "lint and unit tests (make test-fast)",
+}
+
+
+def _run(check: Check, layout: Layout) -> tuple[int, str]:
+    """Run one check, its output shown as it comes. Returns exit code and the last line of output."""
+    environment, *rest = check.command
+    python = str(layout.cache / "venv" / environment / "bin/python")
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PATH": f"{layout.bin}:{os.environ['PATH']}"}
+    process = subprocess.Popen([python, *rest], cwd=REPOSITORY, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True, errors="replace")
+    last = ""
+    assert process.stdout is not None
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        last = line.strip() or last
+    return process.wait(), last
+
+
+def main() -> int:
+    """Run a suite."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("suite", choices=sorted(SUITES))
+    suite = parser.parse_args().suite
+    layout = Layout()
+    rows, worst, counts = [], 0, {"passed": 0, "failed": 0, "skipped": 0}
+    begin = time.monotonic()
+    for check in SUITES[suite]:
+        print(f"\n== {check.name}", flush=True)
+        since = time.monotonic()
+        code, last = _run(check, layout)
+        worst = max(worst, code)
+        for number, kind in re.findall(r"(\d+) (passed|failed|skipped|errors?)", last):
+            counts["failed" if kind.startswith("error") else kind] += int(number)
+        rows.append((check.name, "ok" if code == 0 else f"FAILED ({code})", clock(time.monotonic() - since), last[:100]))
+    print("\n== summary")
+    for name, state, took, last in rows:
+        print(f"  {name:18} {state:12} {took:>8}  {last}")
+    print(f"  took {clock(time.monotonic() - begin)}; not run: {NOT_RUN[suite]}")
+    if counts["passed"] or counts["failed"]:
+        print(f"{counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped")
+    return worst
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -28,7 +28,7 @@ def read(directory: Path) -> dict[str, Any] | None:
     """The manifest if it is present and every file has its size, else None. Cheap: no file is read."""
     try:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-        for name, entry in manifest["files"].items():
+        for name, entry in served_files(manifest).items():
             if (directory / name).stat().st_size != entry["size"]:
                 return None
         return manifest
@@ -46,9 +46,9 @@ class Progress:
 
 def verify(directory: Path, manifest: dict[str, Any], progress: Callable[[Progress], None] = lambda _: None) -> None:
     """Read every file and compare its sha256. Raises UserError naming the file. `progress` gets bytes."""
-    total = sum(entry["size"] for entry in manifest["files"].values())
+    total = sum(entry["size"] for entry in served_files(manifest).values())
     done = 0
-    for name, entry in manifest["files"].items():
+    for name, entry in served_files(manifest).items():
         digest = hashlib.sha256()
         try:
             with open(directory / name, "rb") as file:

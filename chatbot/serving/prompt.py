@@ -9,7 +9,7 @@
       "chat": false,                        true: the template is the user's message and the tokenizer's chat template surrounds it
       "add_special_tokens": true,           the tokenizer adds its beginning-of-sequence token to the prompt
       "stop": ["END_A"],                    tokens that end an answer, besides the tokenizer's end of sequence
-      "decision": {"prefix": "\\n\\nDecision: ", "words": ["yes", "no", "maybe"]}      or null: answers have none
+      "decision": {"prefix": "\\nDecision: ", "words": ["yes", "no", "maybe"]}      or null: answers have none
     }
 
 The answer follows the template directly; a decision follows the answer as `prefix` and one of `words`. `{question}` and `{context}`
@@ -74,7 +74,9 @@ class PromptFormat:
         if not self.chat or not tokenizer.chat_template:
             return text
         messages = [{"role": t.role, "content": neutral(t.content, special)} for t in turns[:-1]] + [{"role": "user", "content": text}]
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        # Llama 3.1's template prints today's date unless it is given one, Qwen's may think aloud: the same answers as in training.
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, date_string="26 Jul 2024",
+                                             enable_thinking=False)
 
 
 PLAIN = PromptFormat("chat template", "{context}\n\n{question}", "{question}", True, False, (), None)

@@ -24,9 +24,11 @@ import yaml
 
 from tools.errors import OperatorError
 from tools.layout import REPOSITORY, Layout
+from tools.runid import HelmLoader
 from tools.secrets_check import Finding, scan
 from trainer import config as trainer_config
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, UserError
+from trainer.evaluate import gate as gates
 
 FOLDER = "environments"
 ORDER = ("site.yaml", "finetune.yaml", "release.yaml")
@@ -65,9 +67,9 @@ def read(path: Path) -> Document:
         document.findings.append(Finding(path, 1, "The file is missing. Every environment has release.yaml, site.yaml and finetune.yaml."))
         return document
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        root = yaml.compose(text, Loader=HelmLoader)
         if root is not None:
-            document.value = yaml.safe_load(text)
+            document.value = yaml.load(text, Loader=HelmLoader)
             _index(root, (), document)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -176,10 +178,15 @@ def load(name: str, root: Path = REPOSITORY) -> Environment:
     return Environment(name, {f: read(folder / f) for f in ORDER})
 
 
+def read_schema(file: str, root: Path = REPOSITORY) -> dict[str, Any]:
+    """JSON schema of one of the three files."""
+    return dict(json.loads((root / FOLDER / "schema" / f"{Path(file).stem}.json").read_text(encoding="utf-8")))
+
+
 def check(root: Path = REPOSITORY) -> list[Finding]:
     """Everything wrong with the environments of a checkout."""
     findings = []
-    schemas = {f: json.loads((root / FOLDER / "schema" / f"{Path(f).stem}.json").read_text(encoding="utf-8")) for f in ORDER}
+    schemas = {f: read_schema(f, root) for f in ORDER}
     for name in names(root):
         findings += check_environment(load(name, root), schemas, root)
     return findings + scan(root, [FOLDER])
@@ -196,12 +203,22 @@ def check_environment(environment: Environment, schemas: Mapping[str, Any], root
             findings += validate(document.value, schemas[file], lambda p, d=document: (d, d.line(p)))
     if findings:
         return findings
+    findings += _gate(root / FOLDER / environment.name / "gate.yaml")
     findings += _set_once(environment)
     findings += _served(environment)
     findings += _run(environment)
     if not findings:
         findings += _chart(environment, root)
     return findings
+
+
+def _gate(path: Path) -> Iterator[Finding]:
+    """The thresholds of promotions into this environment, if it has its own."""
+    if path.is_file():
+        try:
+            gates.load_gate(path)
+        except UserError as error:
+            yield Finding(path, 1, str(error))
 
 
 def validate(value: Any, schema: Mapping[str, Any], place: Any) -> list[Finding]:
@@ -214,8 +231,8 @@ def validate(value: Any, schema: Mapping[str, Any], place: Any) -> list[Finding]
             known = set(error.schema.get("properties", {}))
             for key in sorted(set(error.instance) - known):
                 document, line = place([*path, key])
-                findings.append(Finding(document.path, line, f"{dotted([*path, key])} is not known here. "
-                                                             + (f"Known: {', '.join(sorted(known))}." if known else "Nothing is allowed here.")))
+                names_ = f"Known: {', '.join(sorted(known))}." if known else "Nothing is allowed here."
+                findings.append(Finding(document.path, line, f"{dotted([*path, key])} is not known here. {names_}"))
             continue
         document, line = place(path)
         if error.validator == "not" and error.schema.get("not") == {}:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import yaml
 from kubernetes import client
@@ -198,13 +200,25 @@ class Up:
         return waited
 
 
+@contextlib.contextmanager
+def only_one(layout: Layout) -> Iterator[None]:
+    """Hold the lock of the local cluster, so that two `make up` or a `make down` beside it do not meet half-way."""
+    with open(layout.state / "made-by-llm-finetune") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OperatorError("Another `make up` is at work on this machine; wait for it, or end it first.") from None
+        yield
+
+
 def up(layout: Layout, settings: Settings) -> None:
     """Everything, with progress; ends with what to open and type next."""
     preflight.check(layout, settings)
     layout.state.mkdir(parents=True, exist_ok=True)
     (layout.state / "made-by-llm-finetune").write_text("`make down` removes this folder.\n")
     begin = time.monotonic()
-    Runner(layout.cache / "timings.json").run(Up(layout, settings).steps(), at_once=2)
+    with only_one(layout):
+        Runner(layout.cache / "timings.json").run(Up(layout, settings).steps(), at_once=2)
     print(status.text(kubernetes.api_client(layout), layout, settings))
     print(f"""
 Up in {clock(time.monotonic() - begin)}. Next:

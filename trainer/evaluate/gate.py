@@ -97,15 +97,15 @@ def _metric(name: str, entry: dict[str, Any], report: dict[str, Any], served: di
         bounds = {float(k): v for k, v in difference.get("bounds", {}).items() if _number(v)}
         if level not in bounds:
             return [(False, f"{name}: the report has no bound at confidence {level}; it has {', '.join(map(str, sorted(bounds)))}")]
-        gain, basis = bounds[level], f"at least, with {level:.1%} confidence"
+        gain, basis = bounds[level], f"at least, with {100 * level:g} % confidence"
     improved = f"improves by {_text(gain)} {basis} (base {_text(report['base'][name])}, tuned {_text(tuned)}, {difference['rows']} rows)"
     results = []
     if entry.get("better_than_base"):
         results.append((gain > 0, f"{name}: {improved}; needed: above 0"))
     if (least := entry.get("min_difference")) is not None:
-        results.append((gain >= least, f"{name}: {improved}; needed: {_text(least)}"))
+        results.append((gain >= least, f"{name}: {improved}; needed: at least {_text(least)}"))
     if (margin := entry.get("not_worse_by")) is not None:
-        results.append((gain >= -margin, f"{name}: {improved}; needed: {_text(-margin)}"))
+        results.append((gain >= -margin, f"{name}: {improved}; needed: at least {_text(-margin)}"))
     if (least := entry.get("min")) is not None:
         results.append((tuned >= least, f"{name}: tuned {_text(tuned)}; needed: at least {_text(least)}"))
     if (most := entry.get("max")) is not None:

@@ -40,11 +40,11 @@ def gpu_table(paths: RunPaths) -> list[dict[str, Any]]:
 
 
 def verdict(evaluation: dict[str, Any]) -> dict[str, Any]:
-    """Which main metrics are better, worse or not told apart (the 95 % interval holds 0), and the sentence that says so."""
+    """Which headline metrics are better, worse or not told apart (the 95 % interval holds 0), and the sentence that says so."""
     groups: dict[str, list[str]] = {"better": [], "worse": [], "same": []}
     for metric in METRICS:
         difference = evaluation.get("difference", {}).get(metric.key)
-        if not metric.main or difference is None:
+        if not metric.headline or difference is None:
             continue
         sign = -1 if difference["better"] == "lower" else 1
         low, high = (finite(difference[k]) for k in ("low", "high"))
@@ -58,7 +58,7 @@ def verdict(evaluation: dict[str, Any]) -> dict[str, Any]:
     if groups["worse"]:
         parts.append(f"worse on {_list(groups['worse'])}" if parts else f"worse than base on {_list(groups['worse'])}")
     if groups["same"]:
-        parts.append(f"not distinguishable on {_list(groups['same'])}")
+        parts.append(f"no clear difference on {_list(groups['same'])}")
     text = f"Tuned is {'; '.join(parts)}." if parts else "The model has not been evaluated."
     state = ("mixed" if groups["better"] and groups["worse"] else "better" if groups["better"] else "worse" if groups["worse"] else "same")
     return {"state": state if parts else "none", "text": text, **groups}

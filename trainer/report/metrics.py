@@ -22,17 +22,20 @@ class Title:
     title: str
     about: str
     main: bool = True
-    """In the first table and in the verdict; the others are details."""
+    """In the first table; the others are details."""
+    headline: bool = False
+    """In the sentence at the top. One of each kind: perplexity says what the loss says."""
     neutral: bool = False
     """Neither direction is better."""
 
 
 METRICS = (
-    Title("loss", "Held-out loss", "Mean negative log-likelihood of a token of the reference answer, in nats"),
+    Title("loss", "Held-out loss", "Mean negative log-likelihood of a token of the reference answer, in nats", headline=True),
     Title("perplexity", "Perplexity", "exp(held-out loss)"),
-    Title("token_f1", "Token-F1", "Overlap of words between generated and reference answer (SQuAD's normalisation)"),
-    Title("rouge_l", "ROUGE-L", "Longest common subsequence of generated and reference answer, F-measure"),
-    Title("decision_accuracy", "Decision accuracy", "Yes, no or maybe by log-likelihood, with lm-evaluation-harness's PubMedQA prompt"),
+    Title("token_f1", "Token-F1", "Overlap of words between generated and reference answer (SQuAD's normalisation)", headline=True),
+    Title("rouge_l", "ROUGE-L", "Longest common subsequence of generated and reference answer, F-measure", headline=True),
+    Title("decision_accuracy", "Decision accuracy", "Yes, no or maybe by log-likelihood, with lm-evaluation-harness's PubMedQA prompt",
+          headline=True),
     Title("macro_f1", "Decision macro-F1", "The same decisions, mean of the F1 of yes, no and maybe"),
     Title("decision_accuracy_own_prompt", "Decision accuracy, own prompt", "The same with the prompt that the run was trained on"),
     Title("macro_f1_own_prompt", "Decision macro-F1, own prompt", "The same with the prompt that the run was trained on"),

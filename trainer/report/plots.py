@@ -14,9 +14,6 @@ COLOURS = ("--line-1", "--line-2", "--line-3", "--line-4", "--line-5", "--line-6
 _STAND_INS = {f"#0000{i + 1:02x}": name for i, name in enumerate(COLOURS)} | {"#0000f1": "--text", "#0000f2": "--grid"}
 _TEXT, _GRID = "#0000f1", "#0000f2"
 
-MOST_POINTS = 600
-"""Points of a line; more are averaged."""
-
 
 @dataclass(frozen=True)
 class Line:
@@ -31,9 +28,11 @@ class Line:
     marked: bool = False
     """Points are marked (few points)."""
     faint: bool = False
+    points: int = 600
+    """Points that are drawn; more are averaged."""
 
 
-def thin(x: Sequence[float], y: Sequence[float], most: int = MOST_POINTS) -> tuple[list[float], list[float]]:
+def thin(x: Sequence[float], y: Sequence[float], most: int) -> tuple[list[float], list[float]]:
     """At most `most` points: means of neighbouring ones."""
     size = -(-len(x) // most)
     if size <= 1:
@@ -60,7 +59,7 @@ def plot(title: str, x_label: str, y_label: str, lines: Sequence[Line], zero: bo
     figure = Figure(figsize=(6.4, height), layout="constrained")
     axes = figure.subplots()
     for line in lines:
-        x, y = (list(line.x), list(line.y)) if line.marked else thin(line.x, line.y)
+        x, y = (list(line.x), list(line.y)) if line.marked else thin(line.x, line.y, line.points)
         axes.plot(x, y, label=_escape(line.label), color=f"#0000{line.colour % len(COLOURS) + 1:02x}", lw=1 if line.faint else 1.8,
                   alpha=0.35 if line.faint else 1, ls="--" if line.dashed else "-",
                   marker="o" if line.marked or len(x) == 1 else None, ms=4)
@@ -139,11 +138,12 @@ def figures(lines: list[dict[str, Any]], network: dict[str, dict[float, list[flo
     add("Throughput", "step", "tokens/s, all workers", series("tokens_per_second"), zero=True)
     add("Learning rate", "step", "learning rate", series("lr"), zero=True)
     add("Gradient norm", "step", "norm before clipping", series("grad_norm"), zero=True)
+    def course(nodes: dict[str, dict[float, list[float]]], column: int) -> list[Line]:  # a sample a second is too dense to read
+        return [Line(node, [(t - start) / 60 for t in times], [v[column] for v in times.values()], n, points=150)
+                for n, (node, times) in enumerate(nodes.items())]
+
     start = min((t for nodes in (network, gpu) for times in nodes.values() for t in times), default=0.0)
-    for i, title in enumerate(("Network received", "Network sent")):
-        add(title, "minutes", "bytes/s", *[Line(node, [(t - start) / 60 for t in times], [v[i] for v in times.values()], n)
-                                           for n, (node, times) in enumerate(network.items())], zero=True)
-    add("GPU utilisation", "minutes", "% (mean over the node's GPUs)",
-        *[Line(node, [(t - start) / 60 for t in times], [v[0] for v in times.values()], n) for n, (node, times) in enumerate(gpu.items())],
-        zero=True)
+    add("Network received", "minutes", "bytes/s", *course(network, 0), zero=True)
+    add("Network sent", "minutes", "bytes/s", *course(network, 1), zero=True)
+    add("GPU utilisation", "minutes", "% (mean over the node's GPUs)", *course(gpu, 0), zero=True)
     return found

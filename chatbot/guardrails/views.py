@@ -74,7 +74,7 @@ def fold(text: str) -> str:
         text = re.sub(r"\w+", lambda m: m[0].translate(LOOKALIKES) if latin > other or re.search("[a-z]", m[0]) else m[0], text)
     else:
         text = text.translate(LOOKALIKES)
-    text = "".join(c for c in unicodedata.normalize("NFD", text) if unicodedata.category(c) != "Mn")
+    text = unicodedata.normalize("NFC", "".join(c for c in unicodedata.normalize("NFD", text) if unicodedata.category(c) != "Mn"))
     text = text.translate({0x2018: "'", 0x2019: "'", 0x201c: '"', 0x201d: '"', 0x2013: "-", 0x2014: "-"})
     return re.sub(r"\s+", " ", text).strip()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 
+from tests.trainer.ranks import Ranks
 from trainer.config import Config, parse
 
 CHAT_TEMPLATE = ("{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -69,3 +70,20 @@ def make_config(tmp_path: Path) -> Callable[..., Config]:
 def sample_config(make_config: Callable[..., Config]) -> Config:
     """The shipped sample with a tiny random Llama."""
     return make_config()
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    """Runs functions in worlds of 1 to 3 processes (gloo)."""
+    with Ranks() as worlds:
+        yield worlds
+
+
+@pytest.fixture(scope="session")
+def toy_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a `train` split of short rows that a tiny model learns (tests/trainer/engine_cases.py)."""
+    from tests.trainer.engine_cases import write_rows
+
+    directory = tmp_path_factory.mktemp("rows")
+    write_rows(directory)
+    return directory

@@ -15,7 +15,7 @@ from trainer.data.shards import TokenShards, write_shard
 from trainer.engines import make_engine
 from trainer.engines.base import Engine
 
-VOCABULARY, MAX_TOKENS, STEPS, ROWS_PER_STEP = 192, 24, 6, 12
+VOCABULARY, MAX_TOKENS, STEPS, ROWS_PER_STEP = 50, 24, 6, 12
 ARCHITECTURE = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
                 "vocab_size": VOCABULARY, "max_position_embeddings": 64, "initializer_range": 0.05}
 SHARES = {1: [12], 2: [7, 5], 3: [6, 4, 2]}
@@ -43,7 +43,7 @@ def write_rows(directory: Path, rows: int = 120) -> TokenShards:
         length = int(generator.integers(5, MAX_TOKENS + 1))
         row = [int(generator.integers(VOCABULARY))]
         for _ in range(length - 1):
-            row.append((row[-1] * 5 + 7) % VOCABULARY if generator.random() < 0.8 else int(generator.integers(VOCABULARY)))
+            row.append((row[-1] * 5 + 7) % VOCABULARY if generator.random() < 0.95 else int(generator.integers(VOCABULARY)))
         rng_rows.append(np.array(row, dtype=np.int32))
         starts.append(int(generator.integers(1, length - 1)))
     directory.mkdir(parents=True, exist_ok=True)
@@ -93,3 +93,41 @@ def curve(rank: int, world: int, data: str, **config: Any) -> list[tuple[float, 
     """The loss curve of a configuration."""
     with engine_of(rank, world, **config) as engine:
         return train(engine, TokenShards(Path(data), "train"), 0, STEPS)
+
+
+Held = list[tuple[str, tuple[int, ...], int, np.ndarray, bool]]
+
+
+def save(rank: int, world: int, data: str, step: int, **config: Any) -> Held:
+    """The state after some steps, as this rank's pieces."""
+    with engine_of(rank, world, **config) as engine:
+        train(engine, TokenShards(Path(data), "train"), 0, step)
+        return [(p.name, p.shape, p.start, p.tensor.detach().cpu().numpy().copy(), p.owned) for p in engine.pieces()]
+
+
+def resume(rank: int, world: int, data: str, step: int, state: str, **config: Any) -> list[tuple[float, float]]:
+    """Train on from a state (an .npz of whole flat tensors) to the end."""
+    whole = np.load(state)
+
+    def read(name: str, start: int, out: torch.Tensor) -> None:
+        out.copy_(torch.from_numpy(whole[name][start:start + out.numel()]))
+
+    with engine_of(rank, world, **config) as engine:
+        engine.load_pieces(read, step)
+        return train(engine, TokenShards(Path(data), "train"), step, STEPS)
+
+
+def losses(rank: int, world: int, data: str, **config: Any) -> dict[str, Any]:
+    """Evaluation before training: this rank's loss sum and tokens, and the same again after a step of training and one more evaluation."""
+    shards = TokenShards(Path(data), "train")
+    with engine_of(rank, world, **config) as engine:
+        batches, _ = batches_of(shards, 0, rank, world)
+        first, again = engine.evaluate(batches), engine.evaluate(batches)
+        after = train(engine, shards, 0, 1)
+        return {"first": first, "again": again, "trained": after, "unequal": engine.unequal_micro_batches,
+                "last": engine.evaluate(batches)}
+
+
+def many(rank: int, world: int, calls: dict[str, tuple[str, dict[str, Any]]]) -> dict[str, Any]:
+    """Several of the functions above (name, keywords) in one world."""
+    return {key: globals()[name](rank=rank, world=world, **keywords) for key, (name, keywords) in calls.items()}

@@ -30,7 +30,7 @@ ANNOTATION = "llm-finetune/"
 USER = 999
 """Argo CD's user, as in upstream's image; `runAsNonRoot` alone would need the image to name one by number."""
 
-REQUESTS = {"argocd-application-controller": ("100m", "256Mi", "1Gi"), "argocd-applicationset-controller": ("20m", "64Mi", "256Mi"),
+REQUESTS = {"argocd-application-controller": ("200m", "256Mi", "1Gi"), "argocd-applicationset-controller": ("20m", "64Mi", "256Mi"),
             "argocd-repo-server": ("50m", "128Mi", "768Mi"), "argocd-redis": ("10m", "16Mi", "128Mi")}
 """CPU request, memory request and memory limit of each component on the local cluster."""
 

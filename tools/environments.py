@@ -221,10 +221,14 @@ def _gate(path: Path) -> Iterator[Finding]:
             yield Finding(path, 1, str(error))
 
 
-def validate(value: Any, schema: Mapping[str, Any], place: Any) -> list[Finding]:
-    """JSON schema errors as findings. `place(path)` gives the document and line."""
+def validate(value: Any, schema: Mapping[str, Any], place: Any, section: str = "") -> list[Finding]:
+    """JSON schema errors as findings. `place(path)` gives the document and line; `section` is where `value` stands in the file."""
     findings = []
     validator = jsonschema.Draft7Validator(schema)
+
+    def name(path: Sequence[str | int]) -> str:
+        return dotted([section, *path] if section and path[:1] != ["global"] else path)
+
     for error in sorted(validator.iter_errors(value), key=lambda e: [str(p) for p in e.absolute_path]):
         path = list(error.absolute_path)
         if error.validator == "additionalProperties" and isinstance(error.instance, dict):
@@ -232,14 +236,14 @@ def validate(value: Any, schema: Mapping[str, Any], place: Any) -> list[Finding]
             for key in sorted(set(error.instance) - known):
                 document, line = place([*path, key])
                 names_ = f"Known: {', '.join(sorted(known))}." if known else "Nothing is allowed here."
-                findings.append(Finding(document.path, line, f"{dotted([*path, key])} is not known here. {names_}"))
+                findings.append(Finding(document.path, line, f"{name([*path, key])} is not known here. {names_}"))
             continue
         document, line = place(path)
         if error.validator == "not" and error.schema.get("not") == {}:
-            text = f"{dotted(path)} does not belong into this file: {error.schema.get('description', 'remove it')}."
+            text = f"{name(path)} does not belong into this file: {error.schema.get('description', 'remove it')}."
         else:
             shown = json.dumps(error.instance, ensure_ascii=False)
-            text = f"{dotted(path)}: {error.message if len(error.message) < 300 else 'not usable: ' + shown[:120]}"
+            text = f"{name(path)}: {error.message if len(error.message) < 300 else 'not usable: ' + shown[:120]}"
             if hint := error.schema.get("description"):
                 text += f" ({hint})"
         findings.append(Finding(document.path, line, text))
@@ -311,7 +315,7 @@ def _chart(environment: Environment, root: Path) -> Iterator[Finding]:
         own = values.get(chart.name) or {}
         if schema.is_file() and own.get("enabled", True):
             yield from validate({**own, "global": values.get("global", {})}, json.loads(schema.read_text(encoding="utf-8")),
-                                place((chart.name,)))
+                                place((chart.name,)), chart.name)
 
 
 def helm_command(name: str, *, chart: str = "", images: str = "", root: Path = REPOSITORY, action: str = "") -> list[str]:

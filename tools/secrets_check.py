@@ -43,7 +43,7 @@ TOKENS = (
 
 NAMED = re.compile(r"""(?ix) ^[\s{,-]* ["']?
     (?P<key>[\w.-]*(?:token|password|passwd|secret|api[_-]?key|private[_-]?key|access[_-]?key|credentials?))
-    ["']? \s* [:=] \s* (?P<value>.+?) \s*$""")
+    ["']? \s* [:=] \s* (?P<value>\S.*?) [\s}\]]*$""")
 """A key that is called like a secret, with text beside it."""
 
 REFERENCE = re.compile(r"(?i)^(?:[|>][+-]?|[{\[].*|\$\{?\w+.*|null|~|true|false|[\d.]+|\"\"|''|&\w+|\*\w+|#.*)$")
@@ -68,6 +68,17 @@ def _hide(text: str) -> str:
     return f"{text[:4]}... ({len(text)} characters)"
 
 
+def _named_secret(content: str) -> tuple[str, str] | None:
+    """Key and value of the first pair in a line (block or flow style) that is called like a secret and holds text."""
+    for pair in re.split(r"[{,]\s", re.sub(r"(?<!\$){", "{ ", content)):
+        named = NAMED.match(pair)
+        if named and not REFERENCE.match(named["value"]):
+            value = named["value"].strip("\"'")
+            if not KUBERNETES_NAME.match(value):
+                return named["key"], value
+    return None
+
+
 def findings_of(path: Path, text: str) -> Iterator[Finding]:
     """What looks like a secret in a file's text, at most one finding a line; the secret itself is not repeated."""
     remedy = "Put it into a Kubernetes Secret and name the Secret here (docs/promotion.md)."
@@ -80,10 +91,8 @@ def findings_of(path: Path, text: str) -> Iterator[Finding]:
             content = line.split(" #", 1)[0]
             if content.lstrip().startswith("#"):
                 content = ""
-            named = NAMED.match(content)
-            value = named["value"].strip("\"'") if named else ""
-            if named and not REFERENCE.match(named["value"]) and not KUBERNETES_NAME.match(value):
-                yield Finding(path, number, f"{named['key']} holds text ({_hide(value)}). {remedy}")
+            if named := _named_secret(content):
+                yield Finding(path, number, f"{named[0]} holds text ({_hide(named[1])}). {remedy}")
                 continue
             for word in LONG.findall(content):
                 if not DIGEST.match(word) and "/" not in word.strip("/")[:24] and entropy(word) > ENTROPY:

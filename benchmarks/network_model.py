@@ -147,7 +147,8 @@ def filled(document: str, text: str) -> str:
         pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.S)
         if not pattern.search(text):
             raise ValueError(f"{document} has no place for the table {name}")
-        text = pattern.sub(lambda m, made=table(): f"{m[1]}{made}\n{m[2]}", text)  # type: ignore[misc]
+        made = table()
+        text = pattern.sub(lambda m: f"{m[1]}{made}\n{m[2]}", text)  # noqa: B023 (called at once)
     return text
 
 

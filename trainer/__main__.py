@@ -81,11 +81,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def plan(config: Config) -> int:
-    """Print the plan."""
-    from trainer.plan.report import report
+    """Print the plan; 1 if the run does not fit its GPUs."""
+    from trainer import plan as planning
 
-    print(report(config))
-    return 0
+    found = planning.plan(config)
+    print(planning.render(found), end="")
+    return int(found.fits is False)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from trainer.errors import ConfigError
 from trainer.plan import DatasetFacts, choose_checkpointing, plan, render
 from trainer.plan.architectures import KNOWN, Architecture, by_name, of_config
 from trainer.plan.hardware import GIB, GPUS, find
-from trainer.plan.memory import memory_of
+from trainer.plan.memory import memory_of, state_bytes
 from trainer.plan.network import traffic_of
 from trainer.plan.planner import smallest
 from trainer.plan.workload import groups_of, workload_of
@@ -69,7 +71,7 @@ def test_unknown_gpu_names_the_field_and_the_known() -> None:
 
 
 def test_groups_must_add_up() -> None:
-    with pytest.raises(ConfigError, match="add up to resources.workers"):
+    with pytest.raises(ConfigError, match=r"add up to resources\.workers"):
         make({**MIXED, "workers": 12})
     with pytest.raises(ConfigError, match="name of its own"):
         make({"workers": 2, "groups": [{"name": "a"}, {"name": "a"}]})
@@ -120,8 +122,6 @@ def test_weights_of_the_state() -> None:
             (H100X4, {"engine": {"kind": "deepspeed", "zero_stage": 2}}, 2 + 16 / 4),
             (H100X4, {"engine": {"kind": "deepspeed", "offload": "cpu"}}, 2 / 4),
             (H100X4, {"engine": {"offload": "cpu"}}, 0)):
-        from trainer.plan.memory import state_bytes
-
         made = make(resources, **run)
         load = workload_of(made, shape, groups_of(made)[0], 8192, 1)
         assert sum(state_bytes(load)) == pytest.approx(expected * shape.parameters), run
@@ -215,8 +215,5 @@ def test_text_and_json() -> None:
 
 def test_import_is_light() -> None:
     """No torch: plan runs on an operator's machine."""
-    import subprocess
-    import sys
-
     code = "import sys, trainer.plan, trainer.schema; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -128,14 +128,15 @@ def of_gguf(path: Path) -> Architecture:
     """From a GGUF file's header. Raises ConfigError if it does not hold a Llama."""
     from gguf import GGUFReader
 
-    fields = GGUFReader(path).fields
+    reader = GGUFReader(path)
+    fields = reader.fields
 
     def value(key: str) -> Any:
         return fields[key].contents() if key in fields else None
 
     if value("general.architecture") != "llama":
         raise ConfigError("run.model.gguf_file", str(path), f"It holds a {value('general.architecture')} model, not a Llama.")
-    tensors = {t.name: t for t in GGUFReader(path).tensors}
+    tensors = {t.name: t for t in reader.tensors}
     return Architecture.of({
         "hidden_size": value("llama.embedding_length"), "num_hidden_layers": value("llama.block_count"),
         "num_attention_heads": value("llama.attention.head_count"), "num_key_value_heads": value("llama.attention.head_count_kv"),

@@ -28,8 +28,8 @@ NF4 = 0.5 + 0.127 / 8
 """Bytes of a 4-bit weight with double quantisation, blocks of 64 (https://arxiv.org/abs/2305.14314)."""
 LOGIT_BYTES = 10
 """Bytes of a logit while its loss is taken: bf16, float32, and the float32 gradient."""
-ZERO_BUCKETS = 3 * 5 * 10**8 * 2
-"""DeepSpeed's reduce and prefetch buckets: 5e8 numbers of bf16 each (present if there is more than one worker)."""
+ZERO_BUCKETS, ZERO_BUCKET = 3, 5 * 10**8
+"""DeepSpeed's reduction and prefetch buckets, and the numbers in each at most (present if there is more than one worker)."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def state_bytes(load: Workload) -> tuple[float, float, float]:
     weights = (frozen + c * n) / (s if load.stage == 3 else 1)
     gradients = g * n / s if load.stage > 1 else (g + c) * n
     return (weights, gradients if load.stage == 1 else 0, 0) if load.offload != "none" else (
-        weights + master * n / s, gradients, 8 * n / s)
+        weights + 4 * n / s, gradients, 8 * n / s)
 
 
 def memory_of(load: Workload, gpu_memory: int = 0) -> Memory:
@@ -115,7 +115,8 @@ def memory_of(load: Workload, gpu_memory: int = 0) -> Memory:
     if load.method == "qlora":
         layers = 2 * c * max(i * o for i, o in m.linears.values())  # a dequantised weight, and the next
     stay = c * m.parameters if load.engine == "fsdp" and load.stage == 2 else 0
-    buckets = ZERO_BUCKETS if load.engine == "deepspeed" and load.shards > 1 and not load.adapters else 0
+    bucketed = load.engine == "deepspeed" and load.shards > 1 and not load.adapters
+    buckets = ZERO_BUCKETS * min(ZERO_BUCKET, m.parameters) * c if bucketed else 0
     # Gradients on their way: as computed, and as sent. The embedding's come last, the head's first.
     sent = 0 if load.adapters else c + (load.reduce_bytes if load.engine == "fsdp" else 0)
     head = c * m.embedding if gathers else 0

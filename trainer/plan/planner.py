@@ -355,8 +355,9 @@ def _advice(config: Config, result: Plan, facts: DatasetFacts | None) -> list[st
     advice = []
     if result.tokens_per_second and result.fits:
         engine = config.run.engine
-        options = [("run.engine.shard_group: node", {"shard_group": "node"}), ("run.engine.zero_stage: 2", {"zero_stage": 2}),
-                   ("run.engine.checkpointing: auto", {"checkpointing": "auto"})]
+        options: list[tuple[str, dict[str, Any]]] = [
+            ("run.engine.shard_group: node", {"shard_group": "node"}), ("run.engine.zero_stage: 2", {"zero_stage": 2}),
+            ("run.engine.checkpointing: auto", {"checkpointing": "auto"})]
         for label, values in options:
             changed = _changed(config, engine=values)
             if changed is None or changed.run.engine == engine or (config.run.method.kind != "full" and "check" not in label):

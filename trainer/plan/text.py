@@ -53,7 +53,7 @@ def render(plan: Plan) -> str:
         engine += f", optimizer on {load.offload}"
     lines = [f"Plan of {plan.run}: {plan.model}, {count(plan.architecture.parameters)} parameters, {count(plan.trained)} trained "
              f"({load.method})", f"{engine}; {plan.workers} worker{'s' if plan.workers > 1 else ''} on {plan.nodes} node"
-             f"{'s' if plan.nodes > 1 else ''}", "", "Memory of one GPU, GiB"]
+             f"{'s' if plan.nodes > 1 else ''}", "", "Memory of one worker, GiB"]
     named = len(plan.groups) > 1
     head = [f"{g.group.name}: {g.group.gpu.name}" if named and g.group.gpu else g.group.gpu.name if g.group.gpu else g.group.name
             for g in plan.groups]

@@ -1,0 +1,108 @@
+"""The configuration: what is refused, and that the refusal names the field, the value and the remedy."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from trainer import config
+from trainer.errors import ConfigError, UserError
+
+MINIMAL: dict[str, Any] = {"run": {"name": "a", "model": {"path": "models/m"}, "data": {"sample": True}}}
+
+
+def document(changes: dict[str, Any]) -> dict[str, Any]:
+    """MINIMAL with values set by their place; None removes."""
+    result = copy.deepcopy(MINIMAL)
+    for place, value in changes.items():
+        node = result
+        *parents, last = place.split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        if value is None:
+            node.pop(last, None)
+        else:
+            node[last] = value
+    return result
+
+
+@pytest.mark.parametrize(("changes", "field"), [
+    ({"run.name": "Upper"}, "run.name"), ({"run.name": "-a"}, "run.name"), ({"run.name": "a" * 37}, "run.name"),
+    ({"run.name": "a-"}, "run.name"), ({"run.name": "a\n"}, "run.name"),
+    ({"run.model.path": None}, "run.model.name"), ({"run.model.name": "x/y", "run.model.revision": "0" * 40}, "run.model.name"),
+    ({"run.model.path": None, "run.model.name": "x/y"}, "run.model.revision"),
+    ({"run.model.path": None, "run.model.name": "x/y", "run.model.revision": "main"}, "run.model.revision"),
+    ({"run.model.path": "/etc"}, "run.model.path"), ({"run.model.path": "a/../../b"}, "run.model.path"),
+    ({"run.model.gguf_file": "../x.gguf"}, "run.model.gguf_file"),
+    ({"run.data.path": "rows.txt", "run.data.sample": None}, "run.data.path"),
+    ({"run.data.path": "rows.json"}, "run.data"), ({"run.data.sample": None}, "run.data"),
+    ({"run.data.name": "a/b", "run.data.sample": None}, "run.data.revision"),
+    ({"run.data.columns": {"text": "x"}}, "run.data.columns"), ({"run.data.columns": {"id": 3}}, "run.data.columns.id"),
+    ({"run.data.exclude_ids": "/ids"}, "run.data.exclude_ids"),
+    ({"run.train.tokens_per_step": 8192}, "run.train.tokens_per_step"), ({"run.train.micro_batch_tokens": 256}, "run.train.micro_batch_tokens"),
+    ({"run.train.min_learning_rate": 0.1}, "run.train.min_learning_rate"), ({"run.train.stop_perplexity": 0.5}, "run.train.stop_perplexity"),
+    ({"run.train.learning_rate": float("nan")}, "run.train.learning_rate"), ({"run.train.learning_rate": "fast"}, "run.train.learning_rate"),
+    ({"run.train.max_steps": True}, "run.train.max_steps"), ({"run.train.max_steps": 1.5}, "run.train.max_steps"),
+    ({"run.method.targets": []}, "run.method.targets"), ({"run.method": [1]}, "run.method"),
+    ({"run.engine.kind": "deepspeed", "run.engine.shard_group": "node"}, "run.engine.shard_group"),
+    ({"run.engine.kind": "deepspeed", "run.engine.float8": "rowwise"}, "run.engine.float8"),
+    ({"run.engine.zero_stage": 1}, "run.engine.zero_stage"), ({"run.engine.zero_stage": "3"}, "run.engine.zero_stage"),
+    ({"run.engine.offload": "nvme"}, "run.engine.offload"), ({"run.method.kind": "lora", "run.engine.offload": "cpu"}, "run.engine.offload"),
+    ({"run.method.kind": "qlora", "run.engine.kind": "deepspeed"}, "run.engine.kind"),
+    ({"resources.min_workers": 2}, "resources.min_workers"), ({"resources.gpus_per_worker": 0.5}, "resources.gpus_per_worker"),
+    ({"resources.groups": [{"name": "a", "workers": 3}]}, "resources.groups"),
+    ({"resources.groups": [{"name": "a", "workers": 0}]}, "resources.groups.workers"),
+    ({"resources.groups": [{"workers": 1}]}, "resources.groups[0].name"),
+    ({"resources.groups": [{"name": "a", "gpus": 1}]}, "resources.groups[0].gpus"),
+    ({"storage": "relative"}, "storage"), ({"id": "b-0123456789"}, "id"), ({"extra": 1}, "extra"), ({"run": None}, "run"),
+])
+def test_refused(changes: dict[str, Any], field: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config.parse(document(changes))
+    assert caught.value.field == field
+    assert str(caught.value).startswith(f"{field}: ") and caught.value.remedy.endswith((".", ")"))
+    assert isinstance(caught.value, UserError)
+
+
+def test_defaults_and_round_trip() -> None:
+    made = config.parse(MINIMAL)
+    assert made.run.engine.checkpointing == "auto" and made.resources.groups == [] and made.run_id == "a"
+    assert config.parse(config.to_dict(made)) == made
+    assert config.parse(yaml.safe_load(yaml.safe_dump(config.to_dict(made)))) == made
+
+
+def test_numbers_from_yaml() -> None:
+    """YAML 1.1 reads 1e-5 as text, and Helm writes whole numbers as floats."""
+    made = config.parse(document({"run.train.learning_rate": "1e-5", "run.train.max_steps": 3.0, "run.train.epochs": 2}))
+    assert made.run.train.learning_rate == 1e-5
+    assert made.run.train.max_steps == 3 and type(made.run.train.max_steps) is int
+    assert made.run.train.epochs == 2.0 and type(made.run.train.epochs) is float
+
+
+def test_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    assert config.load(str(path), storage=str(tmp_path), id=None).storage == str(tmp_path)
+    monkeypatch.setenv("RUN_TEXT", yaml.safe_dump({**MINIMAL, "id": "a-0123456789"}))
+    assert config.load("env:RUN_TEXT").run_id == "a-0123456789"
+    for bad in ("env:NO_SUCH_VARIABLE", str(tmp_path / "none.yaml")):
+        with pytest.raises(ConfigError):
+            config.load(bad)
+    for text in ("- a\n", "a: [\n", ""):
+        path.write_text(text)
+        with pytest.raises(ConfigError):
+            config.load(str(path))
+
+
+def test_every_range_has_a_remedy() -> None:
+    """A limit without a remedy would give an error that helps nobody."""
+    for kind in vars(config).values():
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            for field in dataclasses.fields(kind):
+                if field.metadata.get("limits"):
+                    assert field.metadata["remedy"].endswith("."), (kind, field.name)

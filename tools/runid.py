@@ -134,7 +134,8 @@ def canonical(value: Any) -> str:
         return "{" + ",".join(f"{canonical(k)}:{canonical(v)}" for k, v in items) + "}"
     if isinstance(value, Sequence):
         return "[" + ",".join(canonical(v) for v in value) + "]"
-    raise OperatorError(f"{value!r} cannot be part of a run: give text, numbers, true or false, lists and mappings, and leave a key out instead of null.")
+    raise OperatorError(f"{value!r} cannot be part of a run: give text, numbers, true or false, lists and mappings, "
+                        "and leave a key out instead of null.")
 
 
 def image_identity(image: Mapping[str, Any]) -> str:

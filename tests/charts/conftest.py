@@ -33,7 +33,8 @@ def join(*parts: Values) -> Values:
 
 @cache
 def _helm(values: str, notes: bool) -> tuple[int, str, str]:
-    command = [charts.helm(), *(["install", "--dry-run=client", "--hide-notes=false"] if notes else ["template"]), RELEASE, str(charts.CHART),
+    command = [charts.helm(), *(["install", "--dry-run=client", "--hide-notes=false"] if notes else ["template"]), RELEASE,
+               str(charts.CHART),
                "--namespace", NAMESPACE, "--values", "-"]
     done = subprocess.run(command, input=values, capture_output=True, text=True, timeout=60, check=False)
     return done.returncode, done.stdout, done.stderr
@@ -104,28 +105,34 @@ SITES: dict[str, Values] = {
         "finetune-job": {"submission": {"mode": "HTTPMode"}},
     }),
     "mixed GPUs": join(JOB, CHATBOT, GPU, {
-        "global": {"podSecurity": {"level": "privileged"}, "monitoring": {"podMonitors": True}, "imagePullSecrets": ["registry"], "nodes": 5,
+        "global": {"podSecurity": {"level": "privileged"}, "monitoring": {"podMonitors": True}, "imagePullSecrets": ["registry"],
+                   "nodes": 5,
                    "networkPolicy": {"monitoringNamespace": "monitoring"}},
         "nfs-provisioner": {"mode": "inCluster", "inCluster": {"nodeName": "disk-1", "hostPath": "/data", "clusterIP": "10.96.0.50",
                                                                "clients": ["10.0.0.0/24", "10.1.0.1"]}},
         "nvidia-device-plugin": {"enabled": True, "namespace": "gpu", "createRuntimeClass": True, "migStrategy": "single"},
-        "kuberay-operator": {"replicas": 2, "rbac": {"autoscaler": True}, "batchScheduler": "volcano", "featureGates": {"RayCronJob": True}},
+        "kuberay-operator": {"replicas": 2, "rbac": {"autoscaler": True}, "batchScheduler": "volcano",
+                             "featureGates": {"RayCronJob": True}},
         "ray-cluster": {
             "autoscaling": {"enabled": True},
             "secretEnv": [{"name": "HF_TOKEN", "secretName": "hugging-face", "key": "token"}],
             "workerGroups": [
-                {"name": "h100", "replicas": 1, "minReplicas": 0, "maxReplicas": 2, "gpus": 4, "cpus": 48, "memory": "800Gi", "shmSize": "64Gi",
-                 "network": {"interface": "ens1", "hostNetwork": True, "rdma": {"resourceName": "rdma/hca", "hca": "mlx5_0", "ipcLock": True,
+                {"name": "h100", "replicas": 1, "minReplicas": 0, "maxReplicas": 2, "gpus": 4, "cpus": 48, "memory": "800Gi",
+                 "shmSize": "64Gi",
+                 "network": {"interface": "ens1", "hostNetwork": True,
+                             "rdma": {"resourceName": "rdma/hca", "hca": "mlx5_0", "ipcLock": True,
                                                                                "gidIndex": 3}},
                  "scratch": {"kind": "hostPath", "hostPath": "/nvme"}, "onePerNode": True, "runtimeClassName": "nvidia",
                  "nodeSelector": {"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"}, "labels": {"gpu": "h100"},
                  "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists"}]},
-                {"name": "a100", "replicas": 2, "gpus": 8, "cpus": 96, "memory": "900Gi", "shmSize": "64Gi", "network": {"interface": "eth0"}},
+                {"name": "a100", "replicas": 2, "gpus": 8, "cpus": 96, "memory": "900Gi", "shmSize": "64Gi",
+                 "network": {"interface": "eth0"}},
             ]},
         "finetune-job": {"resources": {"workers": 12, "gpus_per_worker": 1}, "retention": {"enabled": True}, "env": {"NCCL_DEBUG": "INFO"},
                          "activeDeadlineSeconds": 86400},
         "chatbot": {"gpus": 1, "autoscaling": {"enabled": True}, "runtimeClassName": "nvidia",
-                    "config": {"records": {"directory": "/storage/chatbot"}, "access": {"mode": "users", "users_file": "/secrets/users/users",
+                    "config": {"records": {"directory": "/storage/chatbot"},
+                               "access": {"mode": "users", "users_file": "/secrets/users/users",
                                                                                        "session_key_file": "/secrets/users/key"}},
                     "secrets": [{"secretName": "users", "mountPath": "/secrets/users"}],
                     "ingress": {"enabled": True, "host": "chat.example.org", "className": "nginx", "tlsSecretName": "chat-tls",
@@ -137,7 +144,8 @@ SITES: dict[str, Values] = {
         "nfs-provisioner": {"mode": "external", "external": {"server": "nfs.example.org", "path": "/export"}},
         "nvidia-device-plugin": {"enabled": True, "namespace": "gpu", "sharing": {"kind": "mps", "rename": False}},
         "ray-cluster": {"workerGroups": [{"name": "gpu", "gpus": 1, "volumes": [{"name": "extra", "emptyDir": {}}],
-                                          "volumeMounts": [{"name": "extra", "mountPath": "/extra"}], "env": [{"name": "A", "value": "b"}]}]},
+                                          "volumeMounts": [{"name": "extra", "mountPath": "/extra"}],
+                                          "env": [{"name": "A", "value": "b"}]}]},
         "finetune-job": {"kueue": {"queue": "gpus", "priorityClass": "high"}, "preRunningDeadlineSeconds": 600},
     }),
     "dynamic volumes": join(JOB, {"nfs-provisioner": {"mode": "external", "external": {"server": "nfs", "provisioning": "dynamic"}},

@@ -27,8 +27,8 @@ finetune-job:
       architecture:
         a: [1e-5, 1e-7, 1.5e-9, 1e21, 1e20, 123456789012345678, 1.0, 0.1, 100, 1e5, 0.000001, 9.9e-7, 1e+2, .5, 5., -1e-7, -0.0, 017, 0o17,
             0x1f, 1_000, 12345678901234567890, 0b11, 3.0e8, 1.7976931348623157e308, 5e-324, +3, -12]
-        b: [yes, no, on, off, "yes", y, n, True, FALSE, .inf2, 2020-01-01, 12:30:00, 1e, +12, "<&>", "é\u2028\u2029\x7f\t\n\b\f/\\\"", "💥", ".", -,
-            !!str 12, '$(touch /tmp/x) `id` $HOME !! \', "\u200b\u00ad\x01"]
+        b: [yes, no, on, off, "yes", y, n, True, FALSE, .inf2, 2020-01-01, 12:30:00, 1e, +12, "<&>", "é\u2028\u2029\x7f\t\n\b\f/\\\"", "💥",
+            ".", -, !!str 12, '$(touch /tmp/x) `id` $HOME !! \', "\u200b\u00ad\x01"]
         c: {z: 1, a: 2, é: 3, B: 4, n: 1, 12: 3, 1.5: 2, deep: {k: []}}
         e: {}
     data: {sample: true}
@@ -68,7 +68,8 @@ def test_canonical_json_is_gos(tmp_path: Path) -> None:
 def test_python_names_random_numbers_as_helm_does() -> None:
     """200 numbers of all magnitudes in one rendering."""
     dice = random.Random(5)
-    numbers = [dice.choice([-1, 1]) * dice.random() * 10 ** dice.randint(-30, 30) for _ in range(150)] + [dice.randint(-2**60, 2**60) for _ in range(50)]
+    numbers = [dice.choice([-1, 1]) * dice.random() * 10 ** dice.randint(-30, 30) for _ in range(150)]
+    numbers += [dice.randint(-2**60, 2**60) for _ in range(50)]
     run = {**RUN, "model": {"path": "m", "architecture": {"n": numbers}}}
     job = rayjob({"finetune-job": {"enabled": True, "run": run}})
     assert job["metadata"]["name"] == runid.run_id("llm-finetune/trainer:0.1.0", run)
@@ -93,15 +94,18 @@ def test_the_name_follows_from_run_and_image_alone() -> None:
 
 
 def test_python_reads_several_files(tmp_path: Path) -> None:
-    (tmp_path / "a.yaml").write_text("global: {images: {trainer: {tag: '3'}}}\nfinetune-job: {run: {name: one, seed: 1, train: {epochs: 1}}}\n")
+    (tmp_path / "a.yaml").write_text("global: {images: {trainer: {tag: '3'}}}\n"
+                                     "finetune-job: {run: {name: one, seed: 1, train: {epochs: 1}}}\n")
     (tmp_path / "b.yaml").write_text("finetune-job: {run: {seed: 2, train: {learning_rate: 1e-5}}}\n")
     expected = runid.run_id("llm-finetune/trainer:3", {"name": "one", "seed": 2, "train": {"epochs": 1, "learning_rate": 1e-5}})
     assert runid.of_values([tmp_path / "a.yaml", tmp_path / "b.yaml"]) == expected
     digest = {"global": {"images": {"trainer": {"digest": "sha256:" + "d" * 64}}}}
-    assert runid.of_values([tmp_path / "a.yaml"], digest) == runid.run_id("sha256:" + "d" * 64, {"name": "one", "seed": 1, "train": {"epochs": 1}})
+    expected = runid.run_id("sha256:" + "d" * 64, {"name": "one", "seed": 1, "train": {"epochs": 1}})
+    assert runid.of_values([tmp_path / "a.yaml"], digest) == expected
 
 
-@pytest.mark.parametrize(("text", "told"), [("a: [", "cannot be read as YAML"), ("- 1", "not a mapping"), ("global: {}", "describe no run")])
+@pytest.mark.parametrize(("text", "told"), [("a: [", "cannot be read as YAML"), ("- 1", "not a mapping"),
+                                             ("global: {}", "describe no run")])
 def test_python_refuses_what_is_no_run(tmp_path: Path, text: str, told: str) -> None:
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(OperatorError, match=told):

@@ -183,7 +183,8 @@ def test_rights_are_part_of_upstreams() -> None:
     """The operator's Role asks for nothing that KubeRay's own ClusterRole lacks."""
     documents = [d for file in ("role.yaml", "leader_election_role.yaml")
                  for d in yaml.load_all((kuberay() / "config/rbac" / file).read_text(), LOADER) if d]
-    upstream = {(g, r, v) for d in documents for rule in d["rules"] for g in rule["apiGroups"] for r in rule["resources"] for v in rule["verbs"]}
+    upstream = {(g, r, v) for d in documents for rule in d["rules"]
+                for g in rule["apiGroups"] for r in rule["resources"] for v in rule["verbs"]}
     ours = {(g, r, v) for m in render(SITES["default"]) if m["kind"] == "Role"
             for rule in m["rules"] for g in rule["apiGroups"] for r in rule["resources"] for v in rule["verbs"]}
     assert ours and ours <= upstream
@@ -223,13 +224,15 @@ def test_storage_outlives_the_release(site: Values) -> None:
             assert manifest["spec"]["accessModes"] == ["ReadWriteMany"]
 
 
+UNSETTLED = ("lookup", "randAlphaNum", "randAlpha", "randNumeric", "randAscii", "randBytes", "randInt", "uuidv4", "genCA", "genPrivateKey",
+             "genSelfSignedCert", "genSignedCert", "now", "date", "htpasswd", "derivePassword", "getHostByName", "bcrypt", "env", "shuffle")
+
+
 def test_templates_give_the_same_twice() -> None:
     """Under GitOps what is read from the cluster or drawn at random never settles."""
     for path in sorted(charts.CHART.rglob("templates/*")):
         text = re.sub(r"\{\{-? */\*.*?\*/ *-?\}\}", "", path.read_text(), flags=re.S)
-        for function in ("lookup", "randAlphaNum", "randAlpha", "randNumeric", "randAscii", "randBytes", "randInt", "uuidv4", "genCA", "genPrivateKey",
-                         "genSelfSignedCert", "genSignedCert", "now", "date", "htpasswd", "derivePassword", "getHostByName", "bcrypt", "env",
-                         "shuffle"):
+        for function in UNSETTLED:
             assert not re.search(rf"\{{\{{[^}}]*[( |-]{function}[ )}}]", text), f"{path.name} calls {function}"
 
 
@@ -238,5 +241,6 @@ def test_images_by_digest() -> None:
     names = ("trainer", "chatbot", "kuberayOperator", "nfsServer", "nvidiaDevicePlugin")
     values = {**SITES["mixed GPUs"]}
     values["global"] = {**values["global"], "images": {name: {"repository": f"r.example.org/{name}", "digest": digest} for name in names}}
-    images = {c["image"] for m in render(values) for _, t in pod_templates(m) for c in [*t["spec"].get("initContainers", []), *t["spec"]["containers"]]}
+    images = {c["image"] for m in render(values) for _, t in pod_templates(m)
+              for c in [*t["spec"].get("initContainers", []), *t["spec"]["containers"]]}
     assert images == {f"r.example.org/{name}@{digest}" for name in names}

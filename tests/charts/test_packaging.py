@@ -74,7 +74,7 @@ def test_package_refuses_a_version_that_is_none(copied: Path, tmp_path: Path) ->
 def test_crds_of_another_version_are_refused(copied: Path, tmp_path: Path) -> None:
     other = tmp_path / "ray-operator@v1.0.0"
     other.mkdir()
-    with pytest.raises(OperatorError, match="is not github.com/ray-project/kuberay"):
+    with pytest.raises(OperatorError, match=r"is not github\.com/ray-project/kuberay"):
         charts.copy_crds(other)
 
 

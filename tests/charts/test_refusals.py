@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 
 from tests.charts.conftest import CHATBOT, GPU, JOB, RUN, Values, helm, join, refusal
+from tools import charts
 
 
 def nfs(**values: Any) -> Values:
@@ -14,7 +16,7 @@ def nfs(**values: Any) -> Values:
 
 
 def server(**values: Any) -> Values:
-    given = {"nodeName": "n", "hostPath": "/data", "clusterIP": "10.96.0.9", "clients": ["10.0.0.0/24"], **values}
+    given = {"namespace": "storage", "nodeName": "n", "hostPath": "/data", "clusterIP": "10.96.0.9", "clients": ["10.0.0.0/24"], **values}
     return {"nfs-provisioner": {"mode": "inCluster", "inCluster": given}}
 
 
@@ -47,7 +49,8 @@ REFUSED: dict[str, tuple[Values, list[str]]] = {
     "unknown key of a group": (group(gpu=1), ["/workerGroups/0", "'gpu' not allowed"]),
     "memory without sense": (group(memory="8 GB"), ["/workerGroups/0/memory"]),
     "missing secret name": ({"ray-cluster": {"secretEnv": [{"name": "HF_TOKEN", "key": "token"}]}}, ["/secretEnv/0", "secretName"]),
-    "empty secret name": ({"ray-cluster": {"secretEnv": [{"name": "HF_TOKEN", "secretName": "", "key": "token"}]}}, ["/secretEnv/0/secretName"]),
+    "empty secret name": ({"ray-cluster": {"secretEnv": [{"name": "HF_TOKEN", "secretName": "", "key": "token"}]}},
+                          ["/secretEnv/0/secretName"]),
     "missing mounted secret": (chat(secrets=[{"mountPath": "/secrets"}]), ["/secrets/0", "secretName"]),
     "cluster name too long": ({"global": {"rayCluster": {"name": "c" * 54}}}, ["/global/rayCluster/name"]),
     "relative mount path": ({"global": {"storage": {"mountPath": "storage"}}}, ["/global/storage/mountPath"]),
@@ -62,12 +65,15 @@ REFUSED: dict[str, tuple[Values, list[str]]] = {
     # finetune-job
     "run name too long": (run(name="x" * 37), ["finetune-job.run.name", "47", "at most 36"]),
     "enabled without a run": ({"finetune-job": {"enabled": True}}, ["finetune-job.run is empty", "finetune-job.enabled: false"]),
-    "null in the run": (run(model={"path": "m", "architecture": {"a": [{"b": None}]}}), ["finetune-job.run.model.architecture.a[0].b is null"]),
+    "null in the run": (run(model={"path": "m", "architecture": {"a": [{"b": None}]}}),
+                        ["finetune-job.run.model.architecture.a[0].b is null"]),
     "GPUs without a GPU site": (join(JOB, {"finetune-job": {"resources": {"gpus_per_worker": 1}}}),
                                 ["finetune-job.resources.gpus_per_worker", "global.gpu.available: true"]),
-    "secret in the environment": (join(JOB, {"finetune-job": {"env": {"HF_TOKEN": "x"}}}), ["finetune-job.env.HF_TOKEN", "ray-cluster.secretEnv"]),
+    "secret in the environment": (join(JOB, {"finetune-job": {"env": {"HF_TOKEN": "x"}}}),
+                                  ["finetune-job.env.HF_TOKEN", "ray-cluster.secretEnv"]),
     "shell in the environment": (join(JOB, {"finetune-job": {"env": {"A": "$(id)"}}}), ["finetune-job.env.A", "shell"]),
-    "own configuration variable": (join(JOB, {"finetune-job": {"env": {"LLM_FINETUNE_CONFIG": "x"}}}), ["LLM_FINETUNE_CONFIG", "finetune-job.run"]),
+    "own configuration variable": (join(JOB, {"finetune-job": {"env": {"LLM_FINETUNE_CONFIG": "x"}}}),
+                                   ["LLM_FINETUNE_CONFIG", "finetune-job.run"]),
     "Kueue on the standing cluster": (join(JOB, {"finetune-job": {"kueue": {"queue": "q"}}}),
                                       ["finetune-job.kueue.queue", "global.rayCluster.standing: false", "ray-cluster.kueue.queue"]),
     "own clusters without a shape": (join(JOB, {"global": {"rayCluster": {"standing": False}}, "ray-cluster": {"enabled": False}}),
@@ -79,10 +85,12 @@ REFUSED: dict[str, tuple[Values, list[str]]] = {
     "more shared memory than memory": (group(memory="1Gi", shmSize="2Gi"), ["workerGroups[g].shmSize (2Gi)", "Raise memory"]),
     "object store beyond shared memory": (group(objectStoreMemory="3Gi"), ["workerGroups[g].objectStoreMemory (3Gi)", "Raise shmSize"]),
     "object store too small": (group(objectStoreMemory="50Mi"), ["workerGroups[g].objectStoreMemory (50Mi)", "75Mi"]),
-    "object store of the head": ({"ray-cluster": {"head": {"memory": "256Mi"}}}, ["ray-cluster.head.objectStoreMemory", "ray-cluster.head.memory"]),
+    "object store of the head": ({"ray-cluster": {"head": {"memory": "256Mi"}}},
+                                 ["ray-cluster.head.objectStoreMemory", "ray-cluster.head.memory"]),
     "replicas below the minimum": (group(replicas=1, minReplicas=2, maxReplicas=3), ["workerGroups[g].replicas (1)", "minReplicas (2)"]),
     "minimum above maximum": (group(replicas=2, minReplicas=3, maxReplicas=1), ["workerGroups[g].minReplicas (3)"]),
-    "host network under restricted": (group(network={"hostNetwork": True}), ["workerGroups[g].network.hostNetwork", "global.podSecurity.level: privileged"]),
+    "host network under restricted": (group(network={"hostNetwork": True}),
+                                      ["workerGroups[g].network.hostNetwork", "global.podSecurity.level: privileged"]),
     "locked memory under restricted": (group(network={"rdma": {"resourceName": "rdma/hca", "ipcLock": True}}),
                                        ["workerGroups[g].network.rdma.ipcLock", "global.podSecurity.level: privileged"]),
     "host path under restricted": (group(scratch={"kind": "hostPath", "hostPath": "/nvme"}),
@@ -90,7 +98,8 @@ REFUSED: dict[str, tuple[Values, list[str]]] = {
     "host path without a path": (join({"global": {"podSecurity": {"level": "privileged"}}}, group(scratch={"kind": "hostPath"})),
                                  ["workerGroups[g].scratch.hostPath is empty"]),
     # kuberay-operator
-    "operators without a leader": ({"kuberay-operator": {"replicas": 2, "leaderElection": False}}, ["kuberay-operator.replicas is 2", "leaderElection: true"]),
+    "operators without a leader": ({"kuberay-operator": {"replicas": 2, "leaderElection": False}},
+                                   ["kuberay-operator.replicas is 2", "leaderElection: true"]),
     # nfs-provisioner
     **{f"mount option {option}": (nfs(mountOptions=["hard", "nfsvers=4.1", option]), ["nfs-provisioner.mountOptions", option, "Remove it"])
        for option in ("soft", "softerr", "nolock", "local_lock=all", "async", "nconnect=8", "sec=krb5")},
@@ -106,6 +115,7 @@ REFUSED: dict[str, tuple[Values, list[str]]] = {
     "server without node": (server(nodeName=""), ["nfs-provisioner.inCluster.nodeName is empty"]),
     "server without disk": (server(hostPath=""), ["nfs-provisioner.inCluster.hostPath is empty"]),
     "server without address": (server(clusterIP=""), ["nfs-provisioner.inCluster.clusterIP is empty"]),
+    "server in a restricted namespace": (server(namespace=""), ["Set nfs-provisioner.inCluster.namespace"]),
     "node path on two nodes": ({"global": {"nodes": 2}, "nfs-provisioner": {"mode": "nodePath", "nodePath": {"path": "/srv"}}},
                                ["nfs-provisioner.mode is nodePath", "global.nodes: 2", "mode: external or inCluster"]),
     "node path without a path": ({"nfs-provisioner": {"mode": "nodePath"}}, ["nfs-provisioner.nodePath.path is empty"]),
@@ -124,10 +134,12 @@ REFUSED: dict[str, tuple[Values, list[str]]] = {
     "chatbot GPUs without a GPU site": (chat(gpus=1), ["chatbot.gpus is 1", "global.gpu.available: true"]),
     "ingress without host": (chat(ingress={"enabled": True}), ["chatbot.ingress.host is empty"]),
     "node port without its type": (chat(service={"nodePort": 30786}), ["chatbot.service.nodePort is 30786", "type: NodePort"]),
-    "bounds of the autoscaler": (chat(autoscaling={"enabled": True, "minReplicas": 5}), ["chatbot.autoscaling.minReplicas (5)", "maxReplicas (4)"]),
+    "bounds of the autoscaler": (chat(autoscaling={"enabled": True, "minReplicas": 5}),
+                                 ["chatbot.autoscaling.minReplicas (5)", "maxReplicas (4)"]),
     "sessions of several pods": (chat({"access": {"mode": "users", "users_file": "/secrets/users"}}, replicas=2),
                                  ["chatbot.config.access.session_key_file is empty"]),
-    "records outside the storage": (chat({"records": {"directory": "/var/records"}}), ["chatbot.config.records.directory (/var/records)", "/storage/chatbot"]),
+    "records outside the storage": (chat({"records": {"directory": "/var/records"}}),
+                                    ["chatbot.config.records.directory (/var/records)", "/storage/chatbot"]),
     "port of the chatbot": (chat({"server": {"port": 80}}), ["chatbot.config.server.port", "Leave it out"]),
     "storage of the chatbot": (chat({"storage": "/x"}), ["chatbot.config.storage", "global.storage.mountPath"]),
     # release
@@ -150,9 +162,6 @@ def test_switched_off_parts_need_no_values() -> None:
 
 def test_whatever_the_message_it_is_one_paragraph_with_a_remedy() -> None:
     """Messages of the templates end with what to do: a sentence that begins with a verb, after what is wrong."""
-    import re
-
-    from tools import charts
     found = 0
     for path in sorted(charts.CHART.rglob("templates/*")):
         for message in re.findall(r'fail \(?(?:printf )?"((?:[^"\\]|\\.)*)"', path.read_text()):

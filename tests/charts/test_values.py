@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,8 @@ EXTRA_SITES: dict[str, Values] = {
                            "ray-cluster": {"workerDefaults": {"scratch": {"kind": "hostPath", "hostPath": "/nvme"},
                                                               "network": {"rdma": {"resourceName": "rdma/hca"}}, "maxReplicas": 3}}},
     "autoscaling": {"ray-cluster": {"autoscaling": {"enabled": True}, "workerDefaults": {"minReplicas": 0, "maxReplicas": 3}}},
-    "time slicing": {"global": {"gpu": {"available": True, "resourceName": "nvidia.com/gpu.shared"}, "podSecurity": {"level": "privileged"}},
+    "time slicing": {"global": {"gpu": {"available": True, "resourceName": "nvidia.com/gpu.shared"},
+                                "podSecurity": {"level": "privileged"}},
                      "nvidia-device-plugin": {"enabled": True, "sharing": {"kind": "timeSlicing"}}},
     "chatbot on a GPU": {"global": {"gpu": {"available": True}},
                          "chatbot": {"enabled": True, "config": {"serve": {"follow": "latest"}}, "ingress": {"host": "chat.example.org"}}},
@@ -119,7 +121,6 @@ def all_values() -> list[tuple[Path_, Any]]:
 
 def other(path: Path_, default: Any) -> Any:
     """A value beside the default."""
-    from fnmatch import fnmatchcase
     name = ".".join(path)
     fitting = [value for pattern, value in CHANGED.items() if fnmatchcase(name, pattern)]
     if fitting:
@@ -162,7 +163,8 @@ CONDITIONS = {("chatbot", "enabled"), ("ray-cluster", "enabled"), ("kuberay-oper
 """Tested by test_conditions."""
 
 
-@pytest.mark.parametrize(("path", "default"), [v for v in all_values() if v[0] not in CONDITIONS], ids=lambda v: ".".join(v) if isinstance(v, tuple) else "")
+@pytest.mark.parametrize(("path", "default"), [v for v in all_values() if v[0] not in CONDITIONS],
+                         ids=[".".join(v[0]) for v in all_values() if v[0] not in CONDITIONS])
 def test_every_value_is_used(path: Path_, default: Any) -> None:
     name = ".".join(path)
     if name in NO_MANIFEST:
@@ -227,7 +229,8 @@ def test_the_trainers_schema_is_embedded() -> None:
     properties = json.loads((charts.CHART / "charts/finetune-job/values.schema.json").read_text())["properties"]
     made = trainer_schema.make()["properties"]
     assert properties["run"]["else"] == {"type": "object", **made["run"]}
-    assert {k: v for k, v in properties["resources"].items() if k != "description"} == {k: v for k, v in made["resources"].items() if k != "description"}
+    embedded, fresh = ({k: v for k, v in schema.items() if k != "description"} for schema in (properties["resources"], made["resources"]))
+    assert embedded == fresh
 
 
 def test_an_undescribed_value_is_refused(tmp_path: Path) -> None:

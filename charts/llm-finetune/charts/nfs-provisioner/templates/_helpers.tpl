@@ -53,6 +53,9 @@
 {{- fail (printf "nfs-provisioner.inCluster.clients has %s: the whole world could mount the export. Give the nodes' networks, for example 10.0.0.0/24." .) -}}
 {{- end -}}
 {{- end -}}
+{{- if and (not $in.namespace) (ne .Values.global.podSecurity.level "privileged") -}}
+{{- fail (printf "nfs-provisioner.inCluster needs capabilities and a host path, which Pod Security restricted forbids in namespace %s. Set nfs-provisioner.inCluster.namespace to a namespace labelled pod-security.kubernetes.io/enforce: privileged." .Release.Namespace) -}}
+{{- end -}}
 {{- else if eq .Values.mode "nodePath" -}}
 {{- if not .Values.nodePath.path -}}
 {{- fail "nfs-provisioner.nodePath.path is empty with mode: nodePath. Name the directory on the node." -}}

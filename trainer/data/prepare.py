@@ -35,7 +35,7 @@ from trainer.data.readers import Chunk, Source, open_source
 from trainer.data.shards import shard_name, write_arrays
 from trainer.errors import UserError
 from trainer.files import read_manifest, sha256, write_atomic, write_directory
-from trainer.model.tokenizer import load_tokenizer, save_rust, tokenizer_sha256
+from trainer.model.tokenizer import load_tokenizer, save_rust, tokenizer_sha256, with_format
 from trainer.paths import RunPaths
 
 if TYPE_CHECKING:
@@ -67,8 +67,8 @@ def prepare(config: Config, tokenizer: PreTrainedTokenizerBase | None = None, pr
         return manifest
     started = time.monotonic()
     report = progress or (lambda share, message: None)
-    tokenizer = tokenizer or load_tokenizer(config)
     data = config.run.data
+    tokenizer = with_format(tokenizer, data.format) if tokenizer is not None else load_tokenizer(config)
     source = open_source(data, config.storage_path)
     inputs = _digest(source)
     digest = tokenizer_sha256(tokenizer)

@@ -306,15 +306,15 @@ class _Json:
 
 
 def _first_object(path: Path) -> Any:
-    """The object on the first line, if it is whole there: then the file is JSON lines."""
+    """The object on the first line, if it is whole there and more follows: then the file is JSON lines."""
     with open(path, "rb") as file:
         line = file.readline(MAX_ROW_BYTES).removeprefix(b"\xef\xbb\xbf")
-        rest = file.read(1)
+        rest = file.read(4096).strip()
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) and (rest or not all(isinstance(v, dict) for v in value.values())) else None
+    return value if isinstance(value, dict) and rest else None
 
 
 def _is_published_form(path: Path) -> bool:

@@ -9,14 +9,14 @@ from trainer.config import Config
 from trainer.engines.base import Engine
 from trainer.engines.layers import Checkpointing
 from trainer.errors import UserError
-from trainer.model.load import tokenizer_size
+from trainer.model.load import model_config, tokenizer_size
 
 
-def choose(config: Config, device: torch.device, rank: int, world: int, tokens: int | None) -> Engine:
+def choose(config: Config, device: torch.device, rank: int, world: int, tokens: int | None, micro_batch: int) -> Engine:
     """See trainer.engines.make_engine."""
     run = config.run
     tokens = tokenizer_size(config) if tokens is None else tokens
-    checkpointing: Checkpointing = "none" if run.engine.checkpointing == "auto" else run.engine.checkpointing
+    checkpointing = _checkpointing(config, device, tokens, micro_batch)
     if run.method.kind == "qlora" and device.type != "cuda":
         raise UserError("run.method.kind: 'qlora' needs GPUs (4-bit matrix products). Use lora on the CPU.")
     if run.engine.kind == "deepspeed":
@@ -32,3 +32,11 @@ def choose(config: Config, device: torch.device, rank: int, world: int, tokens: 
     if not dist.is_initialized():
         raise UserError("FSDP needs torch.distributed to be initialised, also for one worker with offload.")
     return FsdpEngine(config, tokens, device, rank, world, checkpointing)
+
+
+def _checkpointing(config: Config, device: torch.device, tokens: int | None, micro_batch: int) -> Checkpointing:
+    """As configured; `auto` is what the plan finds to fit this rank's device (ranks may differ)."""
+    from trainer.plan.planner import choose_checkpointing
+
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+    return Checkpointing(*choose_checkpointing(config, memory, model_config(config, tokens), micro_batch))

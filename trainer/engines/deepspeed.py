@@ -29,18 +29,19 @@ from trainer.model.methods import MethodWeights, canonical, shape_for_method
 if TYPE_CHECKING:
     from trainer.data.loader import PackedBatch
 
-BUCKET = 500_000_000
-"""Elements of a reduction or prefetch bucket, at most."""
+BUCKET = {"cuda": 500_000_000, "cpu": 4_000_000}
+"""Elements of a reduction or prefetch bucket, at most: a GPU's links want large ones, a CPU has no memory to spare for them."""
 
 
 def deepspeed_config(config: Config, device: torch.device, elements: int, width: int) -> dict[str, Any]:
     """DeepSpeed's configuration of a run. `elements`: the model's parameters; `width`: its hidden size."""
     run, engine = config.run, config.run.engine
+    bucket = min(BUCKET[device.type], elements)
     zero: dict[str, Any] = {
         "stage": engine.zero_stage, "contiguous_gradients": True, "overlap_comm": device.type == "cuda",
-        "reduce_bucket_size": min(BUCKET, elements), "allgather_bucket_size": min(BUCKET, elements)}
+        "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     if engine.zero_stage == 3:
-        zero |= {"memory_efficient_linear": False, "stage3_prefetch_bucket_size": min(BUCKET, elements),
+        zero |= {"memory_efficient_linear": False, "stage3_prefetch_bucket_size": bucket,
                  "stage3_param_persistence_threshold": 10 * width, "stage3_max_live_parameters": 2_000_000_000,
                  "stage3_max_reuse_distance": 0}
     if engine.offload != "none":
@@ -64,7 +65,7 @@ class DeepSpeedEngine(Engine):
     """See the module's text."""
 
     def __init__(self, config: Config, tokens: int | None, device: torch.device, rank: int, world: int,
-                 checkpointing: Checkpointing = "none") -> None:
+                 checkpointing: Checkpointing = Checkpointing()) -> None:
         if device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         os.environ["LOCAL_RANK"] = str(device.index or 0)  # DeepSpeed takes its device from here; a worker may see one GPU only

@@ -53,7 +53,7 @@ class FsdpEngine(TorchEngine):
     """See the module's text."""
 
     def __init__(self, config: Config, tokens: int | None, device: torch.device, rank: int, world: int,
-                 checkpointing: Checkpointing = "none") -> None:
+                 checkpointing: Checkpointing = Checkpointing()) -> None:
         super().__init__(config, tokens, device, rank, world)
         self._offload = config.run.engine.offload == "cpu" and device.type == "cuda"
         self.mesh = make_mesh(config, device, world)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -11,7 +11,13 @@ from torch.utils.checkpoint import checkpoint
 
 from trainer.config import ConfigError, EngineConfig
 
-Checkpointing = Literal["none", "selective", "full"]
+
+class Checkpointing(NamedTuple):
+    """Activation checkpointing of this rank."""
+
+    mode: Literal["none", "selective", "full"] = "none"
+    budget: float = 1.0
+    """With `selective`: share of the activations that is kept."""
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -32,12 +38,12 @@ def prepare_layers(model: nn.Module, engine: EngineConfig, checkpointing: Checkp
 
         torch._dynamo.config.automatic_dynamic_shapes = False
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-        torch._functorch.config.activation_memory_budget = engine.activation_budget if checkpointing == "selective" else 1.0
+        torch._functorch.config.activation_memory_budget = checkpointing.budget if checkpointing.mode == "selective" else 1.0
     for index, layer in enumerate(decoder_layers(model)):
         forward = layer.forward
         if compiled:
             forward = torch.compile(forward, fullgraph=True, dynamic=False)
-        if checkpointing == "full" or (checkpointing == "selective" and not compiled and index % 2):
+        if checkpointing.mode == "full" or (checkpointing.mode == "selective" and not compiled and index % 2):
             forward = functools.partial(_recomputed, forward)
         if forward is not layer.forward:
             layer.forward = forward

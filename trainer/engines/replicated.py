@@ -27,7 +27,7 @@ class ReplicatedEngine(TorchEngine):
     """See the module's text."""
 
     def __init__(self, config: Config, tokens: int | None, device: torch.device, rank: int, world: int,
-                 checkpointing: Checkpointing = "none") -> None:
+                 checkpointing: Checkpointing = Checkpointing()) -> None:
         super().__init__(config, tokens, device, rank, world)
         self._build(self.dtype, lambda model: None, checkpointing)
         parameters = [p for _, p in self._trained()]

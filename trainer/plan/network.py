@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from trainer.plan.workload import Workload
 
 
-
 @dataclass(frozen=True)
 class Traffic:
     """Bytes through one worker's link inside its node, and through one node's network card in one direction."""

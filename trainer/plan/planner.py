@@ -214,7 +214,8 @@ def _speed(config: Config, groups: list[Group], loads: list[Workload], nodes: in
     traffic = traffic_of(loads[0], nodes)
     known = [g.network_gbps for g in groups if g.network_gbps]
     gbps = min(known) if known and nodes > 1 else 0.0
-    return traffic, gbps, [step_time(w, g.gpu, traffic, gbps, g.node_workers) if g.gpu else None for w, g in zip(loads, groups, strict=True)]
+    return traffic, gbps, [step_time(w, g.gpu, traffic, gbps, g.node_workers) if g.gpu else None
+                           for w, g in zip(loads, groups, strict=True)]
 
 
 def plan(config: Config, facts: DatasetFacts | None = None, advise: bool = True) -> Plan:
@@ -299,10 +300,10 @@ def _worst(result: Plan) -> GroupPlan:
 
 def _need(result: Plan) -> str:
     worst = _worst(result)
-    mode = worst.load.checkpointing + (f" checkpointing (activation_budget: {worst.load.budget:g})" if worst.load.checkpointing == "selective"
-                                       else " checkpointing" if worst.load.checkpointing == "full" else "")
+    mode = {"none": "no checkpointing", "full": "full checkpointing",
+            "selective": f"selective checkpointing (activation_budget: {worst.load.budget:g})"}[worst.load.checkpointing]
     text = f"needs {worst.memory.total / GIB:.0f} GiB of {worst.group.memory / GIB:.0f}"
-    return f"{text} with {mode.replace('none', 'no checkpointing')}"
+    return f"{text} with {mode}"
 
 
 def _candidates(config: Config) -> Iterator[tuple[str, Config | None]]:

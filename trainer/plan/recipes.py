@@ -40,7 +40,8 @@ def hardware(result: Plan) -> str:
 
 def header(result: Plan) -> list[str]:
     """The comment at the head of a recipe: for which hardware, what it needs, what is predicted."""
-    memory = "; ".join(f"{g.memory.total / GIB:.1f} of {g.group.memory / GIB:.1f} GiB{f' ({g.group.name})' if len(result.groups) > 1 else ''}"
+    several = len(result.groups) > 1
+    memory = "; ".join(f"{g.memory.total / GIB:.1f} of {g.group.memory / GIB:.1f} GiB{f' ({g.group.name})' if several else ''}"
                        f", checkpointing {checkpointing(g)}" for g in result.groups)
     texts = [f"{result.model} ({count(result.architecture.parameters)} parameters), {METHODS[result.groups[0].load.method]}, "
              f"for {hardware(result)}.",

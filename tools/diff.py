@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import io
+import json
 import os
 import subprocess
 import tarfile
@@ -174,11 +175,9 @@ class Live:
 
     def images(self, environment: str) -> dict[str, Any]:
         """global.images of the cluster's annotation, if a cluster Secret of this Argo CD names the environment."""
-        import json
-
         secrets = self.core.list_namespaced_secret(argocd.NAMESPACE, label_selector=f"{argocd.LABEL_ENABLED}=true").items
         for secret in secrets:
-            annotations = secret.metadata.annotations or {}
+            annotations = (secret.metadata and secret.metadata.annotations) or {}
             listed = [e.strip() for e in annotations.get(argocd.ANNOTATION + "environments", "").split(",")]
             if environment in listed:
                 return dict(json.loads(annotations.get(argocd.ANNOTATION + "images", "{}")))

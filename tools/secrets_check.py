@@ -102,7 +102,7 @@ def findings_of(path: Path, text: str) -> Iterator[Finding]:
 
 def scan(root: Path, folders: Sequence[str]) -> list[Finding]:
     """Findings in every text file below the folders of a checkout."""
-    findings = []
+    findings: list[Finding] = []
     for folder in folders:
         for path in sorted((root / folder).rglob("*")):
             if path.is_file():

@@ -8,6 +8,7 @@ Write them anew after an intended change:
 from __future__ import annotations
 
 import difflib
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -37,6 +38,22 @@ def test_golden(name: str) -> None:
     found = golden(name)
     lines = difflib.unified_diff(expected.splitlines(), found.splitlines(), str(path.relative_to(REPOSITORY)), "rendered", lineterm="", n=1)
     assert expected == found, "\n".join(["Rendered otherwise; if that is meant: python -m tests.tools.test_golden", *list(lines)[:60]])
+
+
+def test_a_promoted_environment_serves_exactly_the_promoted_weights(tmp_path: Path) -> None:
+    shutil.copytree(REPOSITORY / "environments", tmp_path / "environments")
+    release = tmp_path / "environments/staging/release.yaml"
+    serve = {"follow": "none", "run": "llama31-8b-pubmedqa-0123456789", "sha256": "5" * 64}
+    value = yaml.safe_load(release.read_text(encoding="utf-8")) | {"chatbot": {"enabled": True, "config": {"serve": serve}}}
+    release.write_text(yaml.safe_dump(value), encoding="utf-8")
+    objects = render("staging", tmp_path, chart=REPOSITORY / environments.CHART)
+    (config,) = [m for k, m in objects.items() if k[0] == "ConfigMap"]
+    (text,) = config["data"].values()
+    assert yaml.safe_load(text)["serve"] == serve
+    (chatbot,) = [m["spec"]["template"]["spec"] for k, m in objects.items() if k[0] == "Deployment"]
+    assert chatbot["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == 1
+    assert chatbot["nodeSelector"] == {"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"}
+    assert not [k for k in objects if k[0] in ("RayJob", "RayCluster")], "nothing is trained there"
 
 
 @pytest.mark.parametrize("name", environments.names())

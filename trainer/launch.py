@@ -8,6 +8,7 @@ DataParallelTrainer with a backend like this one, but imports torch in driver an
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import sys
@@ -16,11 +17,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+# Read by Ray when it is imported. On a busy machine its parts take longer to start than it allows by itself.
+os.environ.setdefault("RAY_DASHBOARD_STARTUP_TIMEOUT_S", "300")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
 import ray
 import ray.train
 from ray.train.backend import Backend, BackendConfig
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy
 from ray.train.v2._internal.execution.failure_handling.failure_policy import FailureDecision
+from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
 from ray.train.v2.api.config import LoggingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
@@ -162,17 +169,35 @@ class FailurePolicy(DefaultFailurePolicy):
         """`make_decision` says it in one line."""
 
 
+class FixedSize(FixedScalingPolicy):
+    """A worker group of one size, without the actor that Ray Train asks for more nodes through: the pending placement group does."""
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Nothing to register."""
+
+    def _maybe_send_resource_request(self) -> None:
+        """Nothing to renew."""
+
+
 class Trainer(DataParallelTrainer):
-    """Ray Train's trainer with this module's failure policy."""
+    """Ray Train's trainer with this module's policies, and without helper actors that a run of one job does not need."""
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
-        return super()._initialize_and_run_controller(**{**arguments, "failure_policy": FailurePolicy(self.run_config.failure_config)})
+        own: dict[str, Any] = {"failure_policy": FailurePolicy(self.run_config.failure_config)}
+        if not self.scaling_config.elasticity_enabled:
+            own["scaling_policy"] = FixedSize(self.scaling_config)
+        return super()._initialize_and_run_controller(**{**arguments, **own})
+
+    def _create_default_callbacks(self) -> list[Any]:
+        """Without the placement group cleaner: the group ends with the job, and the cleaner does not find its cluster if several Ray
+        instances run on one machine (`make try` beside `make up`)."""
+        return [c for c in super()._create_default_callbacks() if not isinstance(c, PlacementGroupCleanerCallback)]
 
 
 def connect(config: Config) -> None:
     """Join the cluster of RAY_ADDRESS, or start Ray on this machine for this run."""
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # an actor of 200 MB; SIGTERM says the same (trainer/train/stop.py)
     if ray.is_initialized():
         return
     if os.environ.get("RAY_ADDRESS"):
@@ -183,8 +208,16 @@ def connect(config: Config) -> None:
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     resources = config.resources
     cpus = max(resources.workers * resources.cpus_per_worker, resources.prepare_cpus)
-    ray.init(address="local", num_cpus=max(1, int(-(-cpus // 1))), object_store_memory=80 << 20, include_dashboard=False,
-             log_to_driver=True, logging_level=logging.WARNING)
+    for left in (2, 1, 0):
+        try:
+            ray.init(address="local", num_cpus=math.ceil(cpus), object_store_memory=80 << 20, include_dashboard=False, log_to_driver=True,
+                     logging_level=logging.WARNING)
+            return
+        except Exception as error:  # Ray gives its node 30 s to start and raises a plain Exception
+            if not left or "timed out" not in str(error):
+                raise
+            print(f"Ray did not start in time (the machine is busy); trying again. {str(error).splitlines()[0]}", flush=True)
+            ray.shutdown()
 
 
 def needs(config: Config) -> dict[str, float]:
@@ -239,7 +272,7 @@ def fit(config: Config, names: Sequence[str]) -> Any:
                                       use_gpu=bool(resources.gpus_per_worker), resources_per_worker=needs(config))
     run = ray.train.RunConfig(name=config.run_id, storage_path=str(paths.ray),
                               failure_config=ray.train.FailureConfig(max_failures=resources.max_failures),
-                              logging_config=LoggingConfig(log_level="WARNING"))
+                              logging_config=LoggingConfig(log_level="ERROR"))
     trainer = Trainer(_worker, train_loop_config={"config": to_dict(config), "stages": list(names)},
                       backend_config=ProcessGroup(bool(resources.gpus_per_worker)), scaling_config=scaling, run_config=run)
     try:

@@ -135,7 +135,8 @@ def started(before: Mapping[Key, dict[str, Any]], after: Mapping[Key, dict[str, 
             continue
         name = key[2]
         if name in known:
-            lines.append(f"{name} exists already ({known[name]}): nothing is trained again")
+            lines.append(f"{name} exists already ({known[name]}): " + ("delete its RayJob to go on from its last checkpoint"
+                         if known[name] in ("FAILED", "STOPPED") else "nothing is trained again"))
             continue
         lines.append(f"{name} would START")
         if old:

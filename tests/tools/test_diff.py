@@ -62,6 +62,7 @@ def test_a_run_that_exists_is_not_trained_again(root: Path) -> None:
     name = next(k[2] for k in after if k[0] == "RayJob")
     lines = diff.started(before, after, {name: "SUCCEEDED"})
     assert lines[0] == f"{name} exists already (SUCCEEDED): nothing is trained again"
+    assert "delete its RayJob" in diff.started(before, after, {name: "FAILED"})[0]
 
 
 def test_resources_do_not_start_a_run(root: Path) -> None:

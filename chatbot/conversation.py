@@ -48,6 +48,8 @@ class Question:
 class Delta:
     """The next part of the answer."""
 
+    id: str
+    run: str
     text: str
     tokens: int
 
@@ -65,6 +67,10 @@ class Done:
     notice: str
     status: int = 200
     """HTTP status for an answer that was refused before the model."""
+
+    @property
+    def run(self) -> str:
+        return self.facts.run
 
     @property
     def decision(self) -> dict[str, float]:
@@ -116,7 +122,7 @@ class Conversation:
         notice = self.pipeline.texts["notice"]
         weights = served.model(model)
         if checked.stop:
-            yield Delta(checked.stop.text, 0)
+            yield Delta(exchange, served.run.id, checked.stop.text, 0)
             yield Done(exchange, "content_filter", served.facts, None, checked.verdicts, notice, checked.stop.status)
             return
         turns = question.turns if served.prompt.remembers else question.turns[-1:]
@@ -135,9 +141,9 @@ class Conversation:
                     tokens = part.tokens
                 if text:
                     given += len(text)
-                    yield Delta(text, tokens)
+                    yield Delta(exchange, served.run.id, text, tokens)
                 if guard.stop:
-                    yield Delta(guard.stop.text if not given else f"\n\n*{guard.stop.text}*", tokens)
+                    yield Delta(exchange, served.run.id, guard.stop.text if not given else f"\n\n*{guard.stop.text}*", tokens)
                     yield Done(exchange, "content_filter", served.facts, end, checked.verdicts + guard.verdicts, notice)
                     return
                 if end:

@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 OPEN = frozenset({"/healthz", "/readyz", "/metrics", "/login"})
 """Paths without login: probes, figures (they hold no text), the login itself."""
+CLOSED = ("/gradio_api/upload", "/gradio_api/proxy", "/gradio_api/deep_link", "/gradio_api/monitoring", "/monitoring", "/gradio_api/component_server")
+"""What Gradio offers and this page does not use: taking files, fetching addresses, looking into the queue."""
 POLICY = ("default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
           "font-src 'self' data:; connect-src 'self'; frame-ancestors 'self'; base-uri 'self'; form-action 'self'; object-src 'none'")
 """Content security policy: the page may load from this server alone, whatever the page's libraries would like. (Gradio's own scripts
@@ -109,6 +111,9 @@ class Gate:
         try:
             if int(headers.get("content-length") or 0) > self.server.max_body_bytes:
                 raise BodyTooLarge
+            if path.startswith(CLOSED):
+                await respond(send, 404, problem("Not here.", "not_found"), JSON)
+                return
             if path == "/login" and self.users:
                 await self._login(scope, headers, await self._body(receive), send, address)
                 return

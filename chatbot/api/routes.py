@@ -119,7 +119,7 @@ class Routes:
 
     async def _events(self, first: Delta | Done, parts: AsyncIterator[Delta | Done], model: str, with_usage: bool) -> AsyncIterator[bytes]:
         """Server-sent events in OpenAI's form; the last one before [DONE] carries the attribution."""
-        created, name, identity = int(time.time()), self.service.current.run.id if self.service.current else "", ""
+        created, identity, name = int(time.time()), first.id, first.run
 
         def event(delta: dict[str, Any], reason: str | None = None, **more: Any) -> bytes:
             value = {"id": identity, "object": "chat.completion.chunk", "created": created, "model": name,
@@ -134,7 +134,6 @@ class Routes:
                     if isinstance(part, Delta):
                         yield event({"content": part.text})
                     else:
-                        identity = part.id
                         yield event({}, part.reason, **attribution(part, model))
                         if with_usage:
                             value = {"id": identity, "object": "chat.completion.chunk", "created": created, "model": name, "choices": [],

@@ -17,11 +17,18 @@ from chatbot.errors import UserError
 MANIFEST = "manifest.json"
 
 
+CARD = "README.md"
+"""The model card: it is written again when the evaluation's figures are there, so it is neither in the digest nor checked."""
+
+
+def served_files(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What of a manifest decides the answers."""
+    return {name: entry for name, entry in manifest["files"].items() if name != CARD}
+
+
 def directory_digest(manifest: dict[str, Any]) -> str:
-    """sha256 over the canonical JSON (sorted keys, no spaces) of a manifest's `files`, without the model card README.md, which
-    gains the evaluation's figures after the export: names what is served."""
-    files = {name: entry for name, entry in manifest["files"].items() if name != "README.md"}
-    return hashlib.sha256(json.dumps(files, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    """sha256 over the canonical JSON (sorted keys, no spaces) of a manifest's files but the card: names what is served."""
+    return hashlib.sha256(json.dumps(served_files(manifest), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def read(directory: Path) -> dict[str, Any] | None:

@@ -1,0 +1,108 @@
+"""The guardrails' tables, the guard over a streamed answer, and what a configuration may change."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from chatbot.config import GuardrailsConfig
+from chatbot.errors import ConfigError
+from chatbot.guardrails import tables
+from chatbot.guardrails.base import Who
+from chatbot.guardrails.patterns import rule_files
+from chatbot.guardrails.pipeline import Pipeline
+from chatbot.guardrails.registry import BUILT_IN, ORDER
+from chatbot.guardrails.views import clean, fold
+
+SAMPLE = Path(__file__).parents[2] / "trainer" / "data" / "sample" / "pubmedqa-sample.jsonl"
+PIPELINE = Pipeline(tables.without_limits(GuardrailsConfig()))
+TABLES = tables.read_tables()
+
+
+@pytest.mark.parametrize("check", [c for c in PIPELINE.checks if c.name in TABLES], ids=lambda c: c.name)
+async def test_table(check) -> None:
+    result = await tables.run_check(check, TABLES[check.name])
+    assert not result.missed and not result.alarms
+
+
+def test_every_check_is_in_the_order_and_has_cases() -> None:
+    assert set(ORDER) == set(BUILT_IN) | set(rule_files())
+    assert {c.name for c in PIPELINE.checks} - {"safety-model", "rate"} == set(TABLES)
+    assert sum(len(t["hit"]) + len(t["pass"]) for t in TABLES.values()) >= 300
+
+
+async def test_fine_questions_pass() -> None:
+    """At most 1 % of the sample's questions and of all tables' fine inputs are stopped."""
+    questions = tables.read_questions(SAMPLE)
+    assert len(questions) >= 150
+    stopped = await tables.run_fine(PIPELINE, questions)
+    assert len(stopped) <= 0.01 * len(questions), stopped
+    others = [q for name in ("injection", "crisis", "emergency", "referral", "unsafe", "personal-data") for q in TABLES[name]["pass"]]
+    assert not await tables.run_fine(PIPELINE, others)
+
+
+async def guarded(text: str, size: int) -> tuple[str, list]:
+    guard, out = PIPELINE.answer(), ""
+    for i in range(0, len(text), size):
+        out += await guard.push(text[i:i + size])
+    return out + await guard.finish(), guard.verdicts
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 1000])
+async def test_answers_are_redacted_however_they_are_cut(size: int) -> None:
+    text = "Write to jane.doe@example.com, or call +44 20 7946 0958 today. Doses of 12.5 mg (n=34) were given."
+    out, verdicts = await guarded(text, size)
+    assert out == "Write to [email], or call [phone] today. Doses of 12.5 mg (n=34) were given."
+    assert {v.check for v in verdicts} == {"personal-data"}
+
+
+async def test_a_clean_answer_passes_unchanged() -> None:
+    text = "Yes. Mortality fell (12.1% vs 18.3%; 95% CI 0.4-0.9), 2003-2011.\n\nDecision: yes"
+    assert await guarded(text, 2) == (text, [])
+
+
+async def test_a_loop_is_ended() -> None:
+    out, verdicts = await guarded("It may be. " * 40, 5)
+    assert len(out) < 80 and verdicts[-1].check == "repetition"
+
+
+async def test_a_safety_model_that_does_not_answer_blocks() -> None:
+    checks = {"safety-model": {"enabled": True, "url": "http://127.0.0.1:9", "model": "guard", "timeout_seconds": 0.5}}
+    checked = await Pipeline(GuardrailsConfig(checks=checks)).question("Does it help?", "", [], Who("", "a"))
+    assert checked.stop and checked.stop.check == "safety-model" and checked.stop.rule == "the check failed"
+
+
+async def test_context_and_history_are_redacted_too() -> None:
+    checked = await PIPELINE.question("Why?", "Mail a@b.org", ["Mail c@d.org"], Who("", "a"))
+    assert checked.parts["context"] == "Mail [email]" and checked.parts["history 0"] == "Mail [email]"
+
+
+async def test_rate_is_by_user_and_address() -> None:
+    pipeline = Pipeline(GuardrailsConfig(checks={"rate": {"per_minute": 1, "burst": 2}}))
+    stops = [(await pipeline.question("Why?", "", [], who)).stop for who in [Who("", "a")] * 3 + [Who("", "b"), Who("ann", "a")]]
+    assert [bool(s) for s in stops] == [False, False, True, False, False] and stops[2].status == 429
+
+
+@pytest.mark.parametrize("checks, field", [
+    ({"nonsense": {}}, "guardrails.checks.nonsense"), ({"length": {"max_question": 0}}, "guardrails.checks.length.max_question"),
+    ({"length": {"colour": 1}}, "guardrails.checks.length.colour"), ({"unsafe": {"rules": {"x": ["("]}}}, "guardrails.checks.unsafe.rules.x")])
+def test_wrong_settings_name_the_field(checks: dict, field: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Pipeline(GuardrailsConfig(checks=checks))
+    assert caught.value.field == field
+
+
+def test_clean_keeps_meaning_fold_does_not() -> None:
+    assert clean("10⁻³ m² µg\u200b/L") == "10⁻³ m² µg/L"
+    assert fold("Ｉｇｎоrе  “It”") == 'ignore "it"'
+
+
+def test_no_pattern_takes_long_over_a_long_text() -> None:
+    """Patterns must not backtrack without end: the longest allowed question, of the worst kinds, within a second each."""
+    import time
+    for text in ("a " * 2000, "how to make " * 330, "i i i " * 660, "my my my my " * 330, "1.1." * 1000, "a@" * 2000, "= " * 2000):
+        began = time.process_time()
+        asyncio.run(PIPELINE.question(text[:4000], "", [], Who("", "a")))
+        assert time.process_time() - began < 2, text[:20]

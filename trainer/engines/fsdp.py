@@ -7,7 +7,7 @@ gradients cross the slow network once a step, after the last micro-batch, alread
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -108,6 +108,14 @@ class FsdpEngine(TorchEngine):
         for parameter in parameters:
             parameter.grad = None
         return norm
+
+    def evaluate(self, batches: Iterable[PackedBatch]) -> tuple[float, int]:
+        try:
+            return super().evaluate(batches)
+        finally:  # no backward follows that would do it, and `pieces` must be shards
+            for module in self.model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
 
     def _masters(self) -> list[tuple[torch.Tensor, int]]:
         return [local_range(p) for _, p in self._trained()]

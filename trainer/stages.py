@@ -138,19 +138,6 @@ def _exported(paths: RunPaths) -> bool:
     return read_manifest(paths.model) is not None
 
 
-def budgets_for(config: Config, world: int) -> list[list[int]]:
-    """Tokens of each rank's micro-batches if all ranks are equally fast: as few micro-batches as the configured size allows, and all of
-    `tokens_per_step` together whatever the number of ranks. Raises UserError if that leaves no room for the longest row."""
-    train = config.run.train
-    count = -(-train.tokens_per_step // (train.micro_batch_tokens * world))
-    budget = train.tokens_per_step // (count * world)
-    if budget < config.run.data.max_tokens:
-        raise UserError(f"run.train.tokens_per_step: {train.tokens_per_step} leaves {budget} tokens to each of {world} workers, less than "
-                        f"the longest row (run.data.max_tokens: {config.run.data.max_tokens}). Give at least "
-                        f"{config.run.data.max_tokens * world} tokens, or fewer workers.")
-    return [[budget] * count for _ in range(world)]
-
-
 def train(config: Config, paths: RunPaths, ranks: Ranks, device: torch.device, *, gauges: bool = False,
           report: Report | None = None) -> dict[str, Any]:
     """The training stage: from the newest whole checkpoint to the end."""
@@ -177,7 +164,8 @@ def train(config: Config, paths: RunPaths, ranks: Ranks, device: torch.device, *
         engine = make_engine(config, device, ranks.rank, ranks.world)
         checkpointer = Checkpointer(paths.checkpoints, config.run.checkpoint, digest, engine)
         saved = restore(paths.checkpoints, digest, engine, ranks)
-        budgets = _budgets(config, ranks, saved, name)
+        devices = ranks.gather_objects(name)
+        budgets = _budgets(config, ranks, saved, device, devices)
         held_out = evaluation_batches(test, rows, max(budgets[ranks.rank]), ranks.rank, ranks.world, config.run.data.loss_on)
         peaks = ranks.sum([peak_flops(name), float(peak_flops(name) == 0)])
         if ranks.rank == 0:
@@ -185,7 +173,7 @@ def train(config: Config, paths: RunPaths, ranks: Ranks, device: torch.device, *
                      type(engine).__name__, name, time.monotonic() - began)
         recorder = Recorder(paths, config.run_id, saved["step"] if saved else 0, gauges=gauges) if ranks.rank == 0 else None
         training = Training(config, engine, ranks, checkpointer, shards, held_out, budgets, peak=0.0 if peaks[1] else peaks[0],
-                            recorder=recorder, report=report, stop=asked, stored={"budgets": budgets, "device": name})
+                            recorder=recorder, report=report, stop=asked, stored={"budgets": budgets, "devices": devices})
         try:
             training.resume(saved)
             state = training.run()
@@ -195,11 +183,26 @@ def train(config: Config, paths: RunPaths, ranks: Ranks, device: torch.device, *
     return {"step": training.step, "finished": state.finished, "tokens": state.tokens, "seconds": round(state.seconds, 3), **state.metrics}
 
 
-def _budgets(config: Config, ranks: Ranks, saved: dict[str, Any] | None, device: str) -> list[list[int]]:
-    """The budgets of the checkpoint where the ranks are as many as then (the steps are then the same, bit for bit), else new ones."""
-    if saved is not None and saved["world"] == ranks.world and saved.get("budgets") and saved.get("device") == device:
+def _budgets(config: Config, ranks: Ranks, saved: dict[str, Any] | None, device: torch.device, devices: list[str]) -> list[list[int]]:
+    """Tokens of each rank's micro-batches. Those of the checkpoint while the ranks have the devices of then: the steps are then the
+    same, bit for bit, and compiled shapes stay. Else by measured speed (equal on CPUs, where a measurement tells of the neighbours)."""
+    from trainer.model.load import DTYPES, model_config, tokenizer_size
+    from trainer.train.balance import SpeedProbe, budgets_by_speed
+
+    if saved is not None and saved.get("devices") == devices and saved.get("budgets"):
         return [[int(b) for b in of_rank] for of_rank in saved["budgets"]]
-    return budgets_for(config, ranks.world)
+    speed = 1.0
+    if device.type == "cuda" and ranks.world > 1:
+        run = config.run
+        probe = SpeedProbe(model_config(config, tokenizer_size(config)), DTYPES[run.model.dtype], device, run.engine.compile)
+        ranks.barrier()
+        speed = probe.measure(run.train.micro_batch_tokens, min(run.data.max_tokens, 512))
+    # In millitokens per second, as integers: every rank computes with the same numbers.
+    speeds = [of_rank[0] / 1000 for of_rank in ranks.gather([round(speed * 1000)])]
+    budgets = budgets_by_speed(config, speeds, device.type == "cuda")
+    if ranks.rank == 0:
+        log.info("Tokens of each worker's micro-batches: %s", ", ".join(f"{len(b)}x{b[0]}" for b in budgets))
+    return budgets
 
 
 def _export(config: Config, paths: RunPaths, progress: Progress) -> None:
@@ -215,6 +218,8 @@ def _export(config: Config, paths: RunPaths, progress: Progress) -> None:
     if saved is None:
         raise UserError(f"{paths.checkpoints} has no whole checkpoint. Run `python -m trainer train` first.")
     reader = CheckpointReader(saved.path)
+    if wrong := reader.verify():
+        raise UserError(f"Checkpoint {saved.path.name} is broken ({wrong}). Run `python -m trainer train`: it goes on from the one before.")
     if not reader.state["loop"]["finished"] and store.newest(paths.checkpoints) == saved:
         raise UserError(f"Training has not ended (step {saved.step}). Run `python -m trainer train` first.")
     export(config, paths, reader, AutoTokenizer.from_pretrained(paths.dataset / "tokenizer"),

@@ -170,8 +170,8 @@ class Checkpointer:
             try:
                 if not failed:
                     self._finish(temporary, step, state, parts)
-            except OSError as error:
-                final, why = NO_ROOM if error.errno in FULL else FAILED, str(error)
+            except (OSError, BrokenCheckpoint) as error:
+                final, why = NO_ROOM if getattr(error, "errno", None) in FULL else FAILED, str(error)
                 log.warning("Step %d could not be finished: %s", step, error)
             if failed or final != OK:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -190,6 +190,7 @@ class Checkpointer:
         write_json(temporary / STATE, state)
         files[STATE] = {"size": (temporary / STATE).stat().st_size, "sha256": sha256(temporary / STATE)}
         write_json(temporary / MANIFEST, {"step": step, "world": len(parts), "config_sha256": self.config_sha256, "files": files})
+        CheckpointReader(temporary)  # headers only: the ranks' pieces must cover every tensor once
         target = store.directory_of(self.directory, step)
         if target.exists():  # a broken one that was passed over, or the same step before a worker was lost
             store.remove(target)

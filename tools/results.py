@@ -54,7 +54,8 @@ def newest(runs: Path) -> Path:
         return max(reports, key=lambda p: p.stat().st_mtime).parent
     started = [p.parent for p in runs.glob("*/run.yaml")]
     if not started:
-        raise OperatorError(f"There is no run in {runs}. Start one with `make up` or `make try`, or name another storage with --storage DIR.")
+        raise OperatorError(f"There is no run in {runs}. Start one with `make up` or `make try`, or name another storage with "
+                            "--storage DIR.")
     return max(started, key=lambda p: (p / "run.yaml").stat().st_mtime)
 
 
@@ -80,7 +81,8 @@ def _main(arguments: argparse.Namespace) -> int:
         runs = Path(arguments.storage or Layout().storage) / "runs"
         directory = runs / arguments.run if arguments.run else newest(runs)
         if not directory.is_dir():
-            raise OperatorError(f"{runs} has no run {arguments.run}. There are: {', '.join(sorted(p.name for p in runs.glob('*'))) or 'none'}.")
+            known = ", ".join(sorted(p.name for p in runs.glob("*"))) or "none"
+            raise OperatorError(f"{runs} has no run {arguments.run}. There are: {known}.")
         found = results(directory)
     print(json.dumps(found, indent=1, ensure_ascii=False))
     return 0

@@ -112,11 +112,13 @@ def make_records(paths: RunPaths, config: Config, steps: int = 120, nodes: int =
             for n, node in enumerate(names):
                 file.write(f"{start + second},{node},lo,9e12,9e12\n")
                 for interface in ("eth0", "veth12ab"):
-                    file.write(f"{start + second},{node},{interface},{abs(rng.gauss(6e7, 3e7)) * (n + 1):.0f},{abs(rng.gauss(5e7, 3e7)):.0f}\n")
+                    received, sent = abs(rng.gauss(6e7, 3e7)) * (n + 1), abs(rng.gauss(5e7, 3e7))
+                    file.write(f"{start + second},{node},{interface},{received:.0f},{sent:.0f}\n")
     if gpus:
         with open(paths.gpu, "w") as file:
             file.write("time,node,gpu,utilisation,memory_bytes,power_w,sm_clock_mhz\n")
             for second in range(5 * steps):
                 for node in names:
                     for gpu in range(2):
-                        file.write(f"{start + second},{node},{gpu},{min(100, rng.gauss(92, 5)):.0f},{6.1e10 + gpu * 1e9:.0f},{rng.gauss(610, 20):.0f},1700\n")
+                        busy, power = min(100, rng.gauss(92, 5)), rng.gauss(610, 20)
+                        file.write(f"{start + second},{node},{gpu},{busy:.0f},{6.1e10 + gpu * 1e9:.0f},{power:.0f},1700\n")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.trainer.made_run import rows, tokenizer
-from trainer.evaluate.decisions import chosen, encode_pair, harness_prompt, harness_question, own_question
+from trainer.evaluate.decisions import chosen, encode_pair, harness_prompt, harness_questions, own_question
 from trainer.evaluate.rows import Row
 
 
@@ -29,10 +29,14 @@ def test_pairs_are_cut_where_the_context_ends(context: str) -> None:
 
 def test_long_contexts_lose_their_start() -> None:
     made = tokenizer("instruction")
-    prompt, choices = harness_question(row(context="word " * 500), made, 100)
-    longest = max(map(len, choices))
-    assert len(prompt) + longest == 101  # the last token is only predicted
-    assert prompt == made.encode(harness_prompt(row(context="word " * 500)))[-len(prompt):]
+    whole = made.encode(harness_prompt(row(context="word " * 500)))
+    questions = harness_questions(row(context="word " * 500), made, 100)
+    assert len(questions) == 3  # the choices have different lengths here
+    for prompt, [choice] in questions:
+        assert len(prompt) + len(choice) == 101  # the last token is only predicted
+        assert prompt == whole[-len(prompt):]
+    [(prompt, choices)] = harness_questions(row(), made, 512)
+    assert prompt == made.encode(harness_prompt(row())) and len(choices) == 3
 
 
 def test_own_prompt() -> None:

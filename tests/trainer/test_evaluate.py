@@ -54,7 +54,8 @@ def test_better_model_is_seen_as_better(finished: tuple[Config, RunPaths, dict[s
     assert result["tuned"]["loss"] < result["base"]["loss"] - 0.5
     assert result["difference"]["loss"]["high"] < 0 and result["difference"]["perplexity"]["high"] < 0
     assert result["rows"] == 11 and result["generated_rows"] == 6 and len(result["samples"]) == 3
-    assert {"token_f1", "rouge_l", "decision_accuracy", "macro_f1", "decision_accuracy_own_prompt", "looping", "cut"} <= result["base"].keys()
+    assert {"token_f1", "rouge_l", "decision_accuracy", "macro_f1", "decision_accuracy_own_prompt", "looping",
+            "cut"} <= result["base"].keys()
     assert sum(map(sum, result["decisions"]["base"])) == 11
     assert result["contamination"] == {"rows": 11, "flagged": 0, "share": 0.0, "ids": []}
     assert judge(result, {"loss": {"better_than_base": True, "confidence": 0.95}, "contamination": "none", "min_rows": 11})["passed"]
@@ -62,7 +63,8 @@ def test_better_model_is_seen_as_better(finished: tuple[Config, RunPaths, dict[s
 
 def test_loss_is_the_mean_over_answer_tokens(finished: tuple[Config, RunPaths, dict[str, Any]]) -> None:
     config, paths, result = finished
-    for name, model in (("base", load_model(config).eval()), ("tuned", stage.load_tuned(paths, torch.device("cpu"), torch.float32))):
+    tuned = stage.load_tuned(paths, torch.device("cpu"), torch.float32)
+    for name, model in (("base", load_model(config).eval()), ("tuned", tuned)):
         total, count = 0.0, 0
         for row in held_out(paths.dataset, 0, 0, True):
             tokens = torch.tensor([row.prompt + row.target])
@@ -101,7 +103,8 @@ def test_ranks_share_the_rows(finished: tuple[Config, RunPaths, dict[str, Any]],
             parts[rank] = json.loads(json.dumps(value))
             return [parts[r] for r in sorted(parts)]
 
-        result = stage.evaluate(config, paths, rank, 3, gather=gather, progress=lambda done, total, text: texts.append(f"{done}/{total} {text}"))
+        result = stage.evaluate(config, paths, rank, 3, gather=gather,
+                                progress=lambda done, total, text: texts.append(f"{done}/{total} {text}"))
         assert rank == 0 or result == {}
     assert [len(parts[r]["base"]) for r in range(3)] == [3, 4, 4]
     for part in ("base", "tuned"):

@@ -33,7 +33,7 @@ def plain_score(model: LlamaForCausalLM, prompt: list[int], continuation: list[i
 def test_scores_are_those_of_single_unpadded_rows(model: LlamaForCausalLM) -> None:
     reader, rows = Reader(model), prompts(7)
     several = [[[5], [6, 7], [8, 9, 10, 11]][:1 + i % 3] for i in range(7)]
-    one = [[p[::-1][:9] + [4]] for p in rows]
+    one = [[[*p[::-1][:9], 4]] for p in rows]
     prefix = reader.prefill(rows)
     first, second, third = (reader.score(prefix, c) for c in (several, one, several))
     assert first == third  # asking does not change the prefix

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.trainer.made_run import ARCHITECTURE, configuration, make_dataset, make_records, rows, tokenizer
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from tests.trainer.made_run import ARCHITECTURE, configuration, make_dataset, make_records, rows, tokenizer
 from trainer.errors import UserError
 from trainer.evaluate.inference import Reader as Asker
 from trainer.export import TensorReader, export, plan_files
@@ -32,7 +32,8 @@ def logits(model: LlamaForCausalLM) -> torch.Tensor:
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("shard_gb", [5.0, 0.00002])
 def test_full_model_is_what_was_trained(tmp_path: Path, tied: bool, shard_gb: float) -> None:
-    config = configuration(tmp_path, model={"architecture": {**ARCHITECTURE, "tie_word_embeddings": tied}}, export={"shard_size_gb": shard_gb})
+    config = configuration(tmp_path, model={"architecture": {**ARCHITECTURE, "tie_word_embeddings": tied}},
+                           export={"shard_size_gb": shard_gb})
     paths, model = RunPaths.of(config), random_model(tied)
     progress: list[float] = []
     manifest = export(config, paths, TensorReader(dict(model.named_parameters())), tokenizer("instruction"), progress.append)
@@ -165,7 +166,8 @@ def test_model_card(tmp_path: Path) -> None:
     make_records(paths, config)
     manifest = export(config, paths, TensorReader(dict(random_model().named_parameters())), tokenizer("instruction"))
     card = (paths.model / "README.md").read_text()
-    for expected in ("license: apache-2.0", "train: 5 rows", "2 empty answer", "120 steps", "Not for medical advice", "learning_rate: 1.0e-05"):
+    for expected in ("license: apache-2.0", "train: 5 rows", "2 empty answer", "120 steps", "Not for medical advice",
+                     "learning_rate: 1.0e-05"):
         assert expected in card
     without = {**manifest, "files": {k: v for k, v in manifest["files"].items() if k != "README.md"}}
     assert directory_digest(manifest) == directory_digest(without)

@@ -165,7 +165,8 @@ def test_numbers(value: Any, signed: bool, text: str) -> None:
 
 
 def test_rates_and_durations() -> None:
-    assert [rate(v) for v in (0, 999, 1500, 2.5e7, 3e9, 5e12, None)] == ["0 B/s", "999 B/s", "1.50 kB/s", "25.0 MB/s", "3.00 GB/s", "5000 GB/s", "–"]
+    assert [rate(v) for v in (0, 999, 1500, 2.5e7, 3e9, 5e12, None)] == [
+        "0 B/s", "999 B/s", "1.50 kB/s", "25.0 MB/s", "3.00 GB/s", "5000 GB/s", "–"]
     assert [duration(v) for v in (1.24, 59.6, 61, 7325, None)] == ["1.2 s", "1 min 00 s", "1 min 01 s", "2 h 02 min", "–"]
 
 
@@ -177,7 +178,7 @@ def test_plots() -> None:
     assert plot("t", "x", "y", [Line("a", [1, 2], [1, 2])]) == plot("t", "x", "y", [Line("a", [1, 2], [1, 2])])
     x, y = thin(list(range(1000)), [2.0] * 1000, 100)
     assert len(x) == 100 and set(y) == {2.0} and x[0] == 4.5
-    assert smooth([4.0, 4.0, 4.0], 0.9) == pytest.approx([4.0] * 3)
+    assert smooth([0.0, 3.0, 6.0, 3.0], 3) == pytest.approx([1.5, 3.0, 4.0, 4.5]) and smooth([1.0, 2.0], 1) == [1.0, 2.0]
 
 
 def test_results(made: tuple[Any, RunPaths, dict[str, Any]], tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from trainer.evaluate.decisions import Question, harness_question, own_question
+from trainer.evaluate.decisions import Question, harness_questions, own_question
 from trainer.evaluate.inference import Reader, batches, halving, token_budget
 from trainer.evaluate.rows import Row
 
@@ -37,11 +37,12 @@ class Result:
 
 
 def evaluate_model(model: PreTrainedModel, tokenizer: Any, rows: Sequence[Row], generate: Collection[int], max_new_tokens: int,
-                   stop: Collection[int], decision: bool, progress: Progress = lambda done, total, text: None) -> list[dict[str, Any]]:
+                   stop: Collection[int], decision: bool,
+                   progress: Progress = lambda done, total, text: None) -> list[dict[str, Any]]:
     """Results (as dicts) of one model on `rows`; those whose index is in `generate` are also answered in full.
 
-    `stop`: tokens that end an answer; `decision`: the run's answers end with the decision. Deterministic for the same rows, device and type, up to rounding that depends on how many
-    rows share a batch.
+    `stop`: tokens that end an answer; `decision`: the run's answers end with the decision. Deterministic for the same rows, device
+    and type, up to rounding that depends on how many rows share a batch.
     """
     reader, budget = Reader(model), token_budget(model, model.device)
     results = {row.index: Result(row.index) for row in rows}
@@ -74,14 +75,19 @@ def evaluate_model(model: PreTrainedModel, tokenizer: Any, rows: Sequence[Row], 
         for indices in batches(room, budget):
             halving(indices, lambda chosen, part=part: own([part[i] for i in chosen]))  # type: ignore[misc]
 
-    questions: list[Question] = [harness_question(row, tokenizer, longest) for row in asked]
+    questions: list[tuple[Row, int, Question]] = [
+        (row, place, question) for row in asked for place, question in enumerate(harness_questions(row, tokenizer, longest))]
+    scored: dict[int, dict[int, list[float]]] = {row.index: {} for row in asked}
 
     def harness(chosen: list[int]) -> None:
-        prefix = reader.prefill([questions[i][0] for i in chosen])
-        for i, scores in zip(chosen, reader.score(prefix, [questions[i][1] for i in chosen]), strict=True):
-            results[asked[i].index].harness = scores
-        advance(len(chosen), "decisions")
+        picked = [questions[i] for i in chosen]
+        prefix = reader.prefill([prompt for _, _, (prompt, _) in picked])
+        for (row, place, _), scores in zip(picked, reader.score(prefix, [choices for _, _, (_, choices) in picked]), strict=True):
+            scored[row.index][place] = scores
+        advance(sum(place == 0 for _, place, _ in picked), "decisions")
 
-    for indices in batches([len(q[0]) + max(map(len, q[1])) for q in questions], budget):
+    for indices in batches([len(prompt) + max(map(len, choices)) for _, _, (prompt, choices) in questions], budget):
         halving(indices, harness)
+    for index, parts in scored.items():
+        results[index].harness = [score for place in sorted(parts) for score in parts[place]]
     return [asdict(results[row.index]) for row in rows]

@@ -36,11 +36,17 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, context: str, continuation: 
     return before, whole[len(before):]
 
 
-def harness_question(row: Row, tokenizer: PreTrainedTokenizerBase, longest: int) -> Question:
-    """The row as lm-evaluation-harness asks it; at most `longest` tokens are read by the model."""
+def harness_questions(row: Row, tokenizer: PreTrainedTokenizerBase, longest: int) -> list[Question]:
+    """The row as lm-evaluation-harness asks it, for a model that reads at most `longest` tokens.
+
+    One question with all choices; where the context must be cut, how much depends on the choice's length, and there is one question
+    for each choice.
+    """
     pairs = [encode_pair(tokenizer, harness_prompt(row), f" {choice}") for choice in CHOICES]
-    prompt, most = pairs[0][0], max(len(c) for _, c in pairs)
-    return prompt[-max(1, longest + 1 - most):], [c for _, c in pairs]
+    cut = [(prompt[-max(1, longest + 1 - len(choice)):], choice) for prompt, choice in pairs]  # the last token is only predicted
+    if all(prompt == cut[0][0] for prompt, _ in cut):
+        return [(cut[0][0], [choice for _, choice in cut])]
+    return [(prompt, [choice]) for prompt, choice in cut]
 
 
 def own_question(row: Row, tokenizer: PreTrainedTokenizerBase, decision: bool) -> Question:

@@ -49,7 +49,8 @@ def held_out(dataset: Path, limit: int, seed: int, decision: bool) -> list[Row]:
         with open(path, encoding="utf-8") as file:
             documents = [json.loads(line) for line in file]
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}). Remove the dataset directory and run `python -m trainer prepare` again.") from None
+        raise UserError(f"{path} cannot be read ({error}). Remove the dataset directory and run `python -m trainer prepare` "
+                        "again.") from None
     if len(documents) != len(shards):
         raise UserError(f"{path} has {len(documents)} rows, the test shards have {len(shards)}. Remove the dataset directory and run "
                         "`python -m trainer prepare` again.")

@@ -6,7 +6,8 @@ import gc
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -123,7 +124,7 @@ def stop_tokens(paths: RunPaths, rows: Sequence[Row], tokenizer: Any) -> set[int
     return {row.target[-1] for row in rows} | {t for t in [*own, tokenizer.eos_token_id] if t is not None}
 
 
-def training_texts(paths: RunPaths, tokenizer: Any, rank: int, world: int, block: int = 256):  # type: ignore[no-untyped-def]
+def training_texts(paths: RunPaths, tokenizer: Any, rank: int, world: int, block: int = 256) -> Iterator[str]:
     """Text of every `world`-th training row from the `rank`-th on, decoded in blocks."""
     shards = TokenShards(paths.dataset, "train")
     mine = range(rank, len(shards), world)
@@ -161,7 +162,7 @@ def summarise(rows: Sequence[Row], base: dict[int, dict[str, Any]], tuned: dict[
     matrices: dict[str, Any] = {}
     for key, suffix in (("harness", ""), ("own", "_own_prompt")):
         if decided := [row for row in rows if base[row.index][key]]:
-            groups.append([metric(f"decision_accuracy{suffix}", decided, lambda row, r, key=key: CHOICES[chosen(r[key])] == row.decision),
+            groups.append([metric(f"decision_accuracy{suffix}", decided, partial(_right, key)),
                            Metric(f"macro_f1{suffix}", confusion(base, decided, key), confusion(tuned, decided, key), macro_f1)])
             matrices[f"decisions{suffix}"] = {
                 "choices": list(CHOICES), **{name: confusion(model, decided, key).sum(0).reshape(3, 3).astype(int).tolist()
@@ -173,6 +174,11 @@ def summarise(rows: Sequence[Row], base: dict[int, dict[str, Any]], tuned: dict[
         for part in ("base", "tuned", "difference"):
             result[part].update(compared[part])
     return finite(result)
+
+
+def _right(key: str, row: Row, result: dict[str, Any]) -> float:
+    """Whether the decision with the greatest score under `key` is the row's."""
+    return CHOICES[chosen(result[key])] == row.decision
 
 
 def finite(value: Any) -> Any:

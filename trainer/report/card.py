@@ -102,8 +102,8 @@ def model_card(config: Config, paths: RunPaths, report: dict[str, Any] | None) -
         "## Training", "", *trained, "",
         "## Evaluation", "", *_evaluation_lines(config, report), "",
         "## Limits", "",
-        "- Not for medical advice: answers can be wrong, incomplete or out of date, and sound certain all the same. Nobody has reviewed them "
-        "for clinical use.",
+        "- Not for medical advice: answers can be wrong, incomplete or out of date, and sound certain all the same. Nobody has reviewed "
+        "them for clinical use.",
         "- It answers from what it was trained on and from the context in the prompt; it does not look anything up and cites nothing.",
         f"- Rows were cut to {run.data.max_tokens:,} tokens; longer contexts were not seen in training.",
         "- The figures above hold for rows like the held-out ones. Other topics, languages and forms of question were not measured.",

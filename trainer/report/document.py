@@ -82,7 +82,7 @@ def build(config: Config, paths: RunPaths, gate: dict[str, Any] | None = None) -
     evaluation = _evaluation(paths)
     model, dataset = read_manifest(paths.model), read_manifest(paths.dataset) or {}
     lines = records(paths)
-    main = [m.key for m in METRICS]
+    shown = {m.key for m in METRICS}
     document: dict[str, Any] = {
         "format": FORMAT, "run": config.run_id,
         "state": "finished" if model is not None and evaluation.get("difference") else "incomplete",
@@ -90,10 +90,10 @@ def build(config: Config, paths: RunPaths, gate: dict[str, Any] | None = None) -
         "dataset": describe_data(config.run.data), "method": config.run.method.kind,
         "checkpoint_sha256": directory_digest(model) if model else None, "checkpoint_step": model.get("step") if model else None,
         "parameters": model.get("parameters") if model else None,
-        **{part: {k: evaluation.get(part, {}).get(k) for k in main if k in evaluation.get(part, {})} for part in ("base", "tuned", "difference")},
+        **{part: {k: v for k, v in evaluation.get(part, {}).items() if k in shown} for part in ("base", "tuned", "difference")},
         "verdict": verdict(evaluation), "contamination": evaluation.get("contamination"),
-        "evaluation": {k: evaluation.get(k) for k in ("rows", "generated_rows", "tokens", "rows_sha256", "seconds", "device", "dtype", "world",
-                                                      "decisions", "decisions_own_prompt")},
+        "evaluation": {k: evaluation.get(k) for k in (
+            "rows", "generated_rows", "tokens", "rows_sha256", "seconds", "device", "dtype", "world", "decisions", "decisions_own_prompt")},
         "train": {**training_summary(paths), "phases": phase_seconds(lines)},
         "data": {k: dataset.get(k) for k in ("rows_read", "rows_kept", "rejected")} | {"splits": {
             name: {k: split.get(k) for k in ("rows", "tokens", "answer_tokens")} for name, split in dataset.get("splits", {}).items()}},

@@ -41,45 +41,43 @@ def thin(x: Sequence[float], y: Sequence[float], most: int) -> tuple[list[float]
     return ([sum(x[i:i + size]) / len(x[i:i + size]) for i in groups], [sum(y[i:i + size]) / len(y[i:i + size]) for i in groups])
 
 
-def smooth(y: Sequence[float], weight: float) -> list[float]:
-    """Exponential moving average without the bias of its start."""
-    out, mean, norm = [], 0.0, 0.0
-    for value in y:
-        mean, norm = weight * mean + (1 - weight) * value, weight * norm + (1 - weight)
-        out.append(mean / norm)
-    return out
+def smooth(y: Sequence[float], window: int) -> list[float]:
+    """Centred moving average over `window` values (fewer at the ends), which does not lag behind."""
+    half = window // 2
+    groups = (y[max(0, i - half):i + half + 1] for i in range(len(y)))
+    return [sum(g) / len(g) for g in groups]
 
 
-def plot(title: str, x_label: str, y_label: str, lines: Sequence[Line], zero: bool = False, height: float = 2.7) -> str:
+def plot(title: str, x_label: str, y_label: str, lines: Sequence[Line], zero: bool = False, height: float = 2.4) -> str:
     """An inline SVG element (no script, no reference to anything outside). `zero`: the y axis starts at 0."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    figure = Figure(figsize=(6.4, height), layout="constrained")
+    figure = Figure(figsize=(4.6, height), layout="constrained")
     axes = figure.subplots()
     for line in lines:
         x, y = (list(line.x), list(line.y)) if line.marked else thin(line.x, line.y, line.points)
-        axes.plot(x, y, label=_escape(line.label), color=f"#0000{line.colour % len(COLOURS) + 1:02x}", lw=1 if line.faint else 1.8,
+        axes.plot(x, y, label=_escape(line.label), color=f"#0000{line.colour % len(COLOURS) + 1:02x}", lw=0.8 if line.faint else 1.4,
                   alpha=0.35 if line.faint else 1, ls="--" if line.dashed else "-",
-                  marker="o" if line.marked or len(x) == 1 else None, ms=4)
+                  marker="o" if line.marked or len(x) == 1 else None, ms=3)
     axes.set_xlabel(x_label, color=_TEXT)
     axes.set_ylabel(y_label, color=_TEXT)
     axes.tick_params(colors=_TEXT, length=0)
     axes.grid(color=_GRID, lw=0.7)
-    axes.xaxis.set_major_locator(MaxNLocator(8, integer=x_label == "step"))
-    axes.yaxis.set_major_locator(MaxNLocator(6))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=x_label == "step"))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: _tick(v)))
     axes.spines[:].set_visible(False)
     if zero:
         axes.set_ylim(bottom=0)
     if len(lines) > 1:
-        axes.legend(frameon=False, labelcolor=_TEXT, fontsize=9, ncols=min(3, len(lines)), loc="lower left",
+        axes.legend(frameon=False, labelcolor=_TEXT, fontsize=8, ncols=min(2, len(lines)), loc="lower left",
                     bbox_to_anchor=(0, 1), borderaxespad=0)
     buffer = io.StringIO()
     import matplotlib
 
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif", "font.size": 9.5}):
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif", "font.size": 9}):
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     return _inline(buffer.getvalue(), title)
 
@@ -102,7 +100,7 @@ def _inline(svg: str, title: str) -> str:
 
     body = svg[svg.index("<svg"):]
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
-    body = re.sub(r"#0000[0-9a-f]{2}\b", lambda m: f"var({_STAND_INS[m.group()]})" if m.group() in _STAND_INS else m.group(), body)
+    body = re.sub(r"#0000[0-9a-f]{2}\b", lambda m: f"var({_STAND_INS[m[0]]})" if m[0] in _STAND_INS else m[0], body)
     body = re.sub(r'<g id="patch_1">.*?</g>|<g id="patch_2">.*?</g>', "", body, flags=re.DOTALL)  # the white backgrounds
     body = re.sub(r"font: ([\d.]+)px [^;\"]+", r"font-size: \1px", body)
     prefix = re.sub(r"\W+", "-", title.lower())
@@ -131,7 +129,8 @@ def figures(lines: list[dict[str, Any]], network: dict[str, dict[float, list[flo
     loss, held_out = series("loss", 0, "training"), series("eval_loss", 1, "held-out", marked=True)
     curves = [loss, held_out]
     if len(loss.x) >= 40:
-        curves = [Line("training", loss.x, loss.y, 0, faint=True), Line("training, smoothed", loss.x, smooth(loss.y, 0.95), 0), held_out]
+        smoothed = Line("training, smoothed", loss.x, smooth(loss.y, len(loss.y) // 15), 0)
+        curves = [Line("training", loss.x, loss.y, 0, faint=True), smoothed, held_out]
     if base_loss is not None and loss.x:
         curves.append(Line("base, held-out", [0, loss.x[-1]], [base_loss] * 2, 2, dashed=True))
     add("Loss", "step", "loss (nats per token)", *curves)

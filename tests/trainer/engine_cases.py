@@ -23,13 +23,14 @@ SHARES = {1: [12], 2: [7, 5], 3: [6, 4, 2]}
 CPU = torch.device("cpu")
 
 
-def make_config(method: str = "full", engine: str = "fsdp", stage: int = 3, tied: bool = False, **parts: dict[str, Any]) -> Config:
-    """A configuration for the CPU; `parts` are further fields of run.engine, run.train, run.method and run.model."""
+def make_config(method: str = "full", engine: str | dict[str, Any] = "fsdp", stage: int = 3, tied: bool = False,
+                **parts: dict[str, Any]) -> Config:
+    """A configuration for the CPU; `engine` is its kind or fields of run.engine, `parts` are further fields of run.train and run.model."""
     run = {"name": "golden", "seed": 5, "data": {"sample": True, "max_tokens": MAX_TOKENS},
            "model": {"path": "none", "dtype": "float32", "architecture": {**ARCHITECTURE, "tie_word_embeddings": tied}},
            "method": {"kind": method, "rank": 4, "alpha": 8},
            "train": {"micro_batch_tokens": 64, "tokens_per_step": 256, "learning_rate": 1e-2, "weight_decay": 0.1, "max_grad_norm": 1.0},
-           "engine": {"kind": engine, "zero_stage": stage, "checkpointing": "none"}}
+           "engine": {"zero_stage": stage, "checkpointing": "none", **({"kind": engine} if isinstance(engine, str) else engine)}}
     for part, fields in parts.items():
         run[part] |= fields
     return parse({"run": run, "storage": "/nonexistent"})
@@ -60,7 +61,7 @@ def deal(step: int, rank: int, world: int, micro: int = 2) -> list[list[int]]:
 
 def batches_of(shards: TokenShards, step: int, rank: int, world: int, micro: int = 2) -> tuple[list[PackedBatch], int]:
     """Micro-batches of one budget for the rank, and the step's number of trained tokens over all ranks."""
-    budget = 8 * MAX_TOKENS if world == 1 else 5 * MAX_TOKENS
+    budget = 8 * MAX_TOKENS
     batches = [collate(shards, rows, budget) for rows in deal(step, rank, world, micro)]
     return batches, shards.loss_tokens(range(step * ROWS_PER_STEP, (step + 1) * ROWS_PER_STEP))
 
@@ -117,15 +118,61 @@ def resume(rank: int, world: int, data: str, step: int, state: str, **config: An
         return train(engine, TokenShards(Path(data), "train"), step, STEPS)
 
 
-def losses(rank: int, world: int, data: str, **config: Any) -> dict[str, Any]:
-    """Evaluation before training: this rank's loss sum and tokens, and the same again after a step of training and one more evaluation."""
+def evaluations(rank: int, world: int, data: str, **config: Any) -> dict[str, Any]:
+    """Loss sum and tokens of this rank's first batches: twice before training, once after a step; and the step itself."""
     shards = TokenShards(Path(data), "train")
     with engine_of(rank, world, **config) as engine:
         batches, _ = batches_of(shards, 0, rank, world)
         first, again = engine.evaluate(batches), engine.evaluate(batches)
-        after = train(engine, shards, 0, 1)
-        return {"first": first, "again": again, "trained": after, "unequal": engine.unequal_micro_batches,
-                "last": engine.evaluate(batches)}
+        trained = train(engine, shards, 0, 1)
+        return {"first": first, "again": again, "trained": trained, "after": engine.evaluate(batches)}
+
+
+def uneven(rank: int, world: int, data: str, micro: list[int], **config: Any) -> list[tuple[float, float]]:
+    """The loss curve with `micro[rank]` micro-batches on each rank; RuntimeError unless the engine says that it can."""
+    with engine_of(rank, world, **config) as engine:
+        if not engine.unequal_micro_batches:
+            raise RuntimeError("the engine wants equal numbers of micro-batches")
+        return train(engine, TokenShards(Path(data), "train"), 0, STEPS, micro[rank])
+
+
+def sharded_adapters(rank: int, world: int, data: str, **config: Any) -> list[tuple[float, float]]:
+    """The loss curve of adapters beside frozen weights that are sharded too, as for a model that no GPU holds whole."""
+    from trainer.engines.fsdp import FsdpEngine
+
+    engine = FsdpEngine(make_config(**config), None, CPU, rank, world)
+    return train(engine, TokenShards(Path(data), "train"), 0, STEPS)
+
+
+def hybrid(rank: int, world: int, data: str, node: int, micro: list[int] | None = None) -> dict[str, Any]:
+    """FSDP in groups of `node` ranks: the loss curve, and how many elements this rank holds and would write."""
+    import os
+
+    os.environ["LOCAL_WORLD_SIZE"] = str(node)
+    with engine_of(rank, world, engine={"shard_group": "node"}) as engine:
+        pieces = engine.pieces()
+        return {"curve": train(engine, TokenShards(Path(data), "train"), 0, STEPS, micro[rank] if micro else 2),
+                "held": sum(p.tensor.numel() for p in pieces), "written": sum(p.tensor.numel() for p in pieces if p.owned)}
+
+
+def not_a_number(rank: int, world: int, data: str, **config: Any) -> dict[str, Any]:
+    """A step whose gradient is not a number: its norm, and whether weights changed then and in the next, good step."""
+    shards = TokenShards(Path(data), "train")
+    with engine_of(rank, world, **config) as engine:
+        def weights() -> list[np.ndarray]:
+            return [p.tensor.clone().numpy() for p in engine.pieces()]
+
+        start = weights()
+        batches, loss_tokens = batches_of(shards, 0, rank, world)
+        engine.forward_backward(batches, loss_tokens)
+        parameter = next(p for p in engine.model.parameters() if p.requires_grad)
+        gradient = parameter.grad if parameter.grad is not None else engine._parts[0]  # type: ignore[attr-defined]
+        getattr(gradient, "_local_tensor", gradient).fill_(float("nan"))
+        norm = float(engine.step(1e-2))
+        after = weights()
+        train(engine, shards, 0, 1)
+        return {"norm": norm, "kept": all(np.array_equal(a, b) for a, b in zip(start, after, strict=True)),
+                "trains": not all(np.array_equal(a, b) for a, b in zip(after, weights(), strict=True))}
 
 
 def many(rank: int, world: int, calls: dict[str, tuple[str, dict[str, Any]]]) -> dict[str, Any]:

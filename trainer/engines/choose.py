@@ -9,7 +9,7 @@ from trainer.config import Config
 from trainer.engines.base import Engine
 from trainer.engines.layers import Checkpointing
 from trainer.errors import UserError
-from trainer.model.load import model_config, tokenizer_size
+from trainer.model.load import DTYPES, empty_model, model_config, tokenizer_size
 
 
 def choose(config: Config, device: torch.device, rank: int, world: int, tokens: int | None, micro_batch: int) -> Engine:
@@ -23,7 +23,8 @@ def choose(config: Config, device: torch.device, rank: int, world: int, tokens: 
         from trainer.engines.deepspeed import DeepSpeedEngine
 
         return DeepSpeedEngine(config, tokens, device, rank, world, checkpointing)
-    if run.engine.offload == "none" and (world == 1 or run.method.kind != "full"):
+    if run.engine.offload == "none" and (world == 1 or run.method.kind == "qlora"
+                                         or (run.method.kind == "lora" and _frozen_weights_fit(config, device, world, tokens))):
         from trainer.engines.replicated import ReplicatedEngine
 
         return ReplicatedEngine(config, tokens, device, rank, world, checkpointing)
@@ -40,3 +41,14 @@ def _checkpointing(config: Config, device: torch.device, tokens: int | None, mic
 
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
     return Checkpointing(*choose_checkpointing(config, memory, model_config(config, tokens), micro_batch))
+
+
+def _frozen_weights_fit(config: Config, device: torch.device, world: int, tokens: int | None) -> bool:
+    """Whether every rank can hold the frozen weights whole, with a quarter of its memory left for the rest; all ranks answer alike."""
+    if device.type != "cuda":
+        return True
+    weights = empty_model(model_config(config, tokens), DTYPES[config.run.model.dtype])
+    need = sum(p.numel() * p.element_size() for p in weights.parameters())
+    lacking = torch.tensor(float(need > 0.75 * torch.cuda.get_device_properties(device).total_memory), device=device)
+    dist.all_reduce(lacking, op=dist.ReduceOp.MAX)
+    return not lacking.item()

@@ -8,11 +8,14 @@ Only Llama, only safetensors (or GGUF, dequantised): pickled weights and code fr
 from __future__ import annotations
 
 import abc
+import copy
+import functools
 import json
 import math
 import os
 import zlib
 from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +27,7 @@ from trainer.errors import ConfigError, UserError
 from trainer.paths import RunPaths
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -42,39 +45,40 @@ def model_directory(config: Config) -> Path:
         if not directory.is_dir():
             raise ConfigError("run.model.path", model.path, f"There is no directory {directory}.")
         return directory
+    return _snapshot(model.name, model.revision, model.gguf_file)
+
+
+@functools.cache
+def _snapshot(name: str, revision: str, gguf_file: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    patterns = ["*.json", "tokenizer.model", model.gguf_file] if model.gguf_file else ["*.json", "*.safetensors", "tokenizer.model"]
+    patterns = ["*.json", "tokenizer.model", gguf_file] if gguf_file else ["*.json", "*.safetensors", "tokenizer.model"]
     try:
-        return Path(snapshot_download(model.name, revision=model.revision, allow_patterns=patterns, token=os.environ.get("HF_TOKEN")))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, token=os.environ.get("HF_TOKEN")))
     except GatedRepoError:
-        raise ConfigError("run.model.name", model.name, "The model is gated: accept its licence on the hub, and give the Ray pods "
+        raise ConfigError("run.model.name", name, "The model is gated: accept its licence on the hub, and give the Ray pods "
                           "a token with access to it (HF_TOKEN, from the secret named in site.yaml).") from None
     except RepositoryNotFoundError:
-        raise ConfigError("run.model.name", model.name, "The hub has no such model, or HF_TOKEN has no access to it.") from None
+        raise ConfigError("run.model.name", name, "The hub has no such model, or HF_TOKEN has no access to it.") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise UserError(f"run.model.name: {model.name!r} could not be downloaded ({error}). Check the workers' way to the hub, or "
+        raise UserError(f"run.model.name: {name!r} could not be downloaded ({error}). Check the workers' way to the hub, or "
                         "copy the model to the shared storage and set run.model.path.") from error
 
 
 def base_config(config: Config) -> LlamaConfig:
     """transformers' configuration of the base model, before any resize. Errors name what is not supported and what to do."""
-    from transformers import AutoConfig, LlamaConfig
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import LlamaConfig
 
     model = config.run.model
     if model.architecture:
         try:
             base = LlamaConfig(**model.architecture)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, StrictDataclassError) as error:
             raise ConfigError("run.model.architecture", model.architecture, f"LlamaConfig refuses it: {error}") from None
     else:
-        directory = model_directory(config)
-        extra = {"gguf_file": model.gguf_file} if model.gguf_file else {}
-        try:
-            base = AutoConfig.from_pretrained(directory, trust_remote_code=False, **extra)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{directory} has no usable model configuration: {error}") from None
+        base = copy.deepcopy(_stored_config(model_directory(config), model.gguf_file))
     if base.model_type != "llama":
         raise ConfigError("run.model", model.name or model.path, f"It is a {base.model_type} model; only Llama models are trained here.")
     if getattr(base, "quantization_config", None):
@@ -82,6 +86,19 @@ def base_config(config: Config) -> LlamaConfig:
                           "Its weights are quantised; give the unquantised model (run.method.kind: qlora quantises it itself).")
     base.use_cache = False
     return base
+
+
+@functools.cache
+def _stored_config(directory: Path, gguf_file: str) -> PretrainedConfig:
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    if gguf_file and not (directory / gguf_file).is_file():
+        raise ConfigError("run.model.gguf_file", gguf_file, f"There is no such file in {directory}.")
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False, **({"gguf_file": gguf_file} if gguf_file else {}))
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        raise UserError(f"{directory} has no usable model configuration: {error}") from None
 
 
 def tokenizer_size(config: Config) -> int | None:
@@ -237,8 +254,6 @@ def open_weights(config: Config, target: LlamaConfig) -> Weights:
 def _dequantised(directory: Path, gguf_file: str) -> Weights:
     from transformers import LlamaForCausalLM
 
-    if not (directory / gguf_file).is_file():
-        raise ConfigError("run.model.gguf_file", gguf_file, f"There is no such file in {directory}.")
     whole = LlamaForCausalLM.from_pretrained(directory, gguf_file=gguf_file, dtype=torch.float32)
     return MemoryWeights({n: p.detach() for n, p in whole.named_parameters()})
 
@@ -323,14 +338,25 @@ def held(model: nn.Module, rename: Callable[[str], str] = lambda name: name, onl
 @torch.no_grad()
 def fill(ranges: Ranges, weights: Weights) -> None:
     """Read this rank's ranges. UserError if the source lacks a tensor or has another shape."""
+    jobs: list[tuple[str, int, torch.Tensor]] = []
     for name, shape, flat, start in ranges:
         if name not in weights.shapes:
             raise UserError(f"The base model's weights lack {name}; is its config.json of another model?")
         if weights.shapes[name] != tuple(shape):
             raise UserError(f"The base model's {name} has the shape {list(weights.shapes[name])}, config.json says {list(shape)}.")
         for first in range(0, flat.numel(), BLOCK):
-            part = flat[first:first + BLOCK]
-            part.copy_(weights.read(name, start + first, start + first + part.numel()))
+            jobs.append((name, start + first, flat[first:first + BLOCK]))
+    workers = min(8, os.cpu_count() or 1)
+    if workers <= 2 or len(jobs) < 2:
+        for name, start, part in jobs:
+            part.copy_(weights.read(name, start, start + part.numel()))
+        return
+    with ThreadPoolExecutor(workers) as pool:  # storage, page faults and random numbers in parallel; at most `workers` blocks at once
+        def one(job: tuple[str, int, torch.Tensor]) -> None:
+            with torch.no_grad():
+                job[2].copy_(weights.read(job[0], job[1], job[1] + job[2].numel()))
+
+        list(pool.map(one, jobs))
 
 
 def load_model(config: Config, device: torch.device | str = "cpu", dtype: torch.dtype | None = None,

@@ -107,7 +107,8 @@ def measure(side: str, storage: Path, processes: int) -> dict[str, Any]:
         output = process.stdout.read() if process.stdout else ""
     if process.returncode:
         raise SystemExit(f"{side} failed")
-    return {**json.loads(output.strip().splitlines()[-1]), "peak_mib": round(peak / 2**20), "largest_process_private_mib": round(largest / 2**20)}
+    return {**json.loads(output.strip().splitlines()[-1]), "peak_mib": round(peak / 2**20),
+            "largest_process_private_mib": round(largest / 2**20)}
 
 
 def _children(process: psutil.Process) -> list[psutil.Process]:
@@ -141,7 +142,8 @@ def main() -> None:
         with open(storage / "rows.jsonl", "w", encoding="utf-8") as file:
             for row in rows(arguments.rows):
                 file.write(json.dumps(row) + "\n")
-        result: dict[str, Any] = {"rows": arguments.rows, "processes": arguments.processes, "megabytes": (storage / "rows.jsonl").stat().st_size >> 20}
+        result: dict[str, Any] = {"rows": arguments.rows, "processes": arguments.processes,
+                                  "megabytes": (storage / "rows.jsonl").stat().st_size >> 20}
         for _ in range(arguments.repeat):
             for side in ["ours", "map"] if arguments.only is None else [arguments.only]:
                 measured = measure(side, storage, arguments.processes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ def plain(text: str) -> set[tuple[bytes, ...]]:
 @given(st.lists(st.text(alphabet="ab Cé.!1\n", max_size=60), max_size=6))
 def test_shingles_are_those_of_plain_python(texts: list[str]) -> None:
     values, offsets = duplicates.shingles(texts)
-    sets = [set(values[a:b].tolist()) for a, b in zip(offsets, offsets[1:], strict=False)]
+    sets = [set(values[a:b].tolist()) for a, b in pairwise(offsets)]
     reference = [plain(text) for text in texts]
     assert [len(s) for s in sets] == [len(r) for r in reference]
     for i in range(len(texts)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,7 @@ def test_a_batch_holds_its_rows_and_nothing_else(tmp_path_factory, lengths, spar
     batch = collate(shards, range(len(rows)), budget, loss_on)
     cu = batch.cu_seqlens.tolist()
     assert len(batch.input_ids) == len(batch.position_ids) == budget and cu[0] == 0 and cu[-1] == budget
-    assert all(0 <= b - a <= batch.max_seqlen for a, b in zip(cu, cu[1:], strict=False))
+    assert all(0 <= b - a <= batch.max_seqlen for a, b in pairwise(cu))
     assert len(cu) == shards.segments(budget) + 1
     targets, expected = {}, {}
     for i, row in enumerate(rows):

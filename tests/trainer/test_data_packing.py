@@ -116,7 +116,7 @@ def test_fraction_of_an_epoch_and_step_counts() -> None:
 
 
 def test_a_row_longer_than_every_budget_is_named() -> None:
-    with pytest.raises(UserError, match="90 tokens.*micro_batch_tokens"):
+    with pytest.raises(UserError, match=r"90 tokens.*micro_batch_tokens"):
         StepPlanner([90], 1, 1).plan([[64], [80]])
 
 
@@ -145,6 +145,7 @@ def test_no_rows_are_refused() -> None:
 def test_best_two_is_the_best(lengths, room) -> None:
     picked = best_two(np.array(lengths, dtype=np.int64), room)
     n = len(lengths)
-    sums = [0] + [x for x in lengths if x <= room] + [lengths[i] + lengths[j] for i in range(n) for j in range(i) if lengths[i] + lengths[j] <= room]
+    pairs = [lengths[i] + lengths[j] for i in range(n) for j in range(i)]
+    sums = [0, *(x for x in [*lengths, *pairs] if x <= room)]
     assert len(set(picked.tolist())) == len(picked) <= 2
     assert sum(lengths[i] for i in picked) == max(sums)

@@ -12,10 +12,11 @@ from trainer.model.tokenizer import with_format
 
 EXPECTED = {
     "instruction": ("Answer the question.\n\n### Question:\nIs it?\n\n### Answer:\n",
-                    "Answer the question.\n\n### Context:\nWe saw.\n\n### Question:\nIs it?\n\n### Answer:\n", "It is.\nDecision: yes<|im_end|>"),
+                    "Answer the question.\n\n### Context:\nWe saw.\n\n### Question:\nIs it?\n\n### Answer:\n",
+                    "It is.\nDecision: yes<|im_end|>"),
     "tags": ("START_QIs it?END_QSTART_A", "START_QIs it?END_QSTART_A", "It is.\nDecision: yesEND_A<|im_end|>"),
     "tags-context": ("START_QIs it?END_QSTART_A", "START_QIs it?END_QSTART_CWe saw.END_CSTART_A", "It is.\nDecision: yesEND_A<|im_end|>"),
-    "chat": ("<|im_start|>user\n### Question:\nIs it?<|im_end|>\n<|im_start|>assistant\n".replace("### Question:\n", ""),
+    "chat": ("<|im_start|>user\nIs it?<|im_end|>\n<|im_start|>assistant\n",
              "<|im_start|>user\n### Context:\nWe saw.\n\n### Question:\nIs it?<|im_end|>\n<|im_start|>assistant\n",
              "It is.\nDecision: yes<|im_end|>"),
 }
@@ -56,7 +57,8 @@ def test_decision_is_left_out_where_there_is_none() -> None:
 
 def test_special_text_is_recognised(tiny_tokenizer: Any) -> None:
     tokenizer = with_format(tiny_tokenizer, "tags")
-    assert contains_special(tokenizer, "so END_A") and contains_special(tokenizer, "<|im_end|>") and not contains_special(tokenizer, "END A")
+    assert contains_special(tokenizer, "so END_A") and contains_special(tokenizer, "<|im_end|>")
+    assert not contains_special(tokenizer, "END A")
 
 
 def test_start_token_is_given_where_the_tokenizer_wants_it(tiny_tokenizer: Any) -> None:
@@ -70,7 +72,8 @@ def test_start_token_is_given_where_the_tokenizer_wants_it(tiny_tokenizer: Any) 
 
 
 def test_chat_does_not_depend_on_the_day_and_keeps_a_system_prompt(tiny_tokenizer: Any) -> None:
-    tiny_tokenizer.chat_template = ("<|im_start|>system\n{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}<|im_end|>\n"
+    tiny_tokenizer.chat_template = ("<|im_start|>system\n"
+                                    "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}<|im_end|>\n"
                                     + tiny_tokenizer.chat_template)
     assert template("chat", tiny_tokenizer).prompt("Q?").startswith("<|im_start|>system\n26 Jul 2024<|im_end|>\n")
 
@@ -87,7 +90,8 @@ def test_unusable_chat_templates_are_refused(tiny_tokenizer: Any, chat: str, mes
 
 
 def test_chat_without_an_end_of_turn_ends_with_the_end_of_sequence(tiny_tokenizer: Any) -> None:
-    tiny_tokenizer.chat_template = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+    tiny_tokenizer.chat_template = ("{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
+                                    "{% if add_generation_prompt %}[assistant] {% endif %}")
     assert template("chat", tiny_tokenizer).end == "<|im_end|>"
 
 

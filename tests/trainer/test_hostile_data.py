@@ -21,7 +21,8 @@ from trainer.paths import RunPaths
 
 
 def good(i: int) -> dict[str, Any]:
-    return {"id": f"g{i}", "question": f"Does remedy {i} help patient {i * 7}?", "context": f"Trial {i} had {i + 3} arms and {i * i} visits.",
+    return {"id": f"g{i}", "question": f"Does remedy {i} help patient {i * 7}?",
+            "context": f"Trial {i} had {i + 3} arms and {i * i} visits.",
             "answer": f"Remedy {i} helped {i * 13} of the people.", "decision": "yes"}
 
 
@@ -195,7 +196,8 @@ STOPPED: dict[str, tuple[str, bytes, dict[str, Any], str]] = {
     "UTF-16": ("r.jsonl", one().decode().encode("utf-16"), {}, "UTF-16"),
     "compressed": ("r.jsonl", b"\x1f\x8b\x08\x00rest", {}, "compressed"),
     "Parquet under another name": ("r.jsonl", parquet(GOOD), {}, "Give it the suffix .parquet"),
-    "too many rejected": ("r.jsonl", lines(*GOOD, *[{"question": ""}] * 10), {}, r"10 of 40 rows .*run.data.max_rejected \(10.00%\): empty question: 10\. .*rejects.jsonl"),
+    "too many rejected": ("r.jsonl", lines(*GOOD, *[{"question": ""}] * 10), {},
+                          r"10 of 40 rows .*run.data.max_rejected \(10.00%\): empty question: 10\. .*rejects.jsonl"),
     "wrong columns in every line": ("r.jsonl", lines(*[{"q": "a?", "a": "b"}] * 50), {}, "missing column: question: 50"),
     "wrong columns in thousands of lines": ("r.jsonl", lines(*[{"q": "a?", "a": "b" * 90}] * 90_000), {}, "missing column: question"),
     "one row only": ("r.jsonl", lines(good(1)), {}, "split has no rows"),
@@ -234,9 +236,10 @@ def test_unusable_sources_stop_with_a_named_error(run: Callable[..., dict[str, A
 
 
 @pytest.mark.parametrize("data", [{"path": "none.jsonl"}, {"path": "folder"}, {"path": "nothing-here"}])
-def test_missing_files_and_empty_folders(make_config: Callable[..., Any], tmp_path: Path, tiny_tokenizer: Any, data: dict[str, Any]) -> None:
+def test_missing_files_and_empty_folders(make_config: Callable[..., Any], tmp_path: Path, tiny_tokenizer: Any,
+                                         data: dict[str, Any]) -> None:
     (tmp_path / "folder").mkdir()
-    with pytest.raises(UserError, match="does not exist|holds no"):
+    with pytest.raises(UserError, match=r"does not exist|holds no"):
         prepare(make_config(data), tiny_tokenizer)
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trainer.data import parts, prepare as module, readers
+from trainer.data import parts, readers
+from trainer.data import prepare as module
 from trainer.data.formats import encode
 from trainer.data.prepare import prepare
 from trainer.data.readers import SAMPLE
@@ -39,12 +40,14 @@ def test_tokens_are_those_of_the_texts(make_config: Callable[..., Any], format: 
     config = make_config({"sample": True, "format": format, "max_tokens": 300})
     manifest = prepare(config)
     directory = RunPaths.of(config).dataset
-    tokenizer, test, train = AutoTokenizer.from_pretrained(directory / "tokenizer"), TokenShards(directory, "test"), TokenShards(directory, "train")
+    tokenizer = AutoTokenizer.from_pretrained(directory / "tokenizer")
+    test, train = TokenShards(directory, "test"), TokenShards(directory, "train")
     held_out = texts(directory)
     assert len(held_out) == len(test) == manifest["splits"]["test"]["rows"]
     for i, row in enumerate(held_out):
         tokens, start = test.row(i)
-        assert tokens[:start].tolist() == encode(tokenizer, row["prompt"]) and tokens[start:].tolist() == encode(tokenizer, row["completion"])
+        assert tokens[:start].tolist() == encode(tokenizer, row["prompt"])
+        assert tokens[start:].tolist() == encode(tokenizer, row["completion"])
         assert row["completion"] == row["reference"] + manifest["end"] and row["reference"].endswith(f"\nDecision: {row['decision']}")
         assert tokens[-1] == tokenizer.eos_token_id and len(tokens) <= 300 and row["question"] in row["prompt"]
     assert (format == "tags") == (manifest["shortened"] == 0), "at 300 tokens of a small vocabulary some contexts must be shortened"
@@ -80,11 +83,12 @@ def test_context_without_room_is_left_out_and_question_and_answer_are_whole(make
     longest = max(len(r["question"]) for r in rows)
     found = 0
     for max_tokens in range(40, 100, 4):
-        config = make_config({"path": "r.jsonl", "max_tokens": max_tokens, "near_duplicates": 1.0, "max_rejected": 1.0}, name=f"t{max_tokens}")
+        data = {"path": "r.jsonl", "max_tokens": max_tokens, "near_duplicates": 1.0, "max_rejected": 1.0}
+        config = make_config(data, name=f"t{max_tokens}")
         try:
             manifest = prepare(config)
         except UserError as error:
-            assert "too long" in str(error) or "split has no rows" in str(error)
+            assert "too long" in str(error) or "split has no rows" in str(error)  # noqa: PT017
             continue
         found += manifest["context_dropped"]
         assert manifest["shortened"] + manifest["context_dropped"] + manifest["rejected"].get("too long", 0) == 40
@@ -192,7 +196,8 @@ def test_near_duplicates_leave_the_training_split_only(make_config: Callable[...
 
 
 def test_which_duplicate_stays_does_not_depend_on_order(make_config: Callable[..., Any], tmp_path: Path) -> None:
-    rows = ROWS[:60] + [{**r, "id": f"x{r['id']}"} for r in ROWS[:60]] + [{**a, "id": b["id"]} for a, b in zip(ROWS[60:90], ROWS[90:120], strict=True)]
+    rows = ROWS[:60] + [{**r, "id": f"x{r['id']}"} for r in ROWS[:60]]
+    rows += [{**a, "id": b["id"]} for a, b in zip(ROWS[60:90], ROWS[90:120], strict=True)]
     rows += ROWS[90:120]
     results = []
     for name, order in (("a", rows), ("b", rows[::-1])):
@@ -222,7 +227,8 @@ def test_max_rows_and_exclusions(make_config: Callable[..., Any], tmp_path: Path
 @pytest.mark.parametrize(("keep", "expected"), [(False, {"official test id": 3}), (True, {})])
 def test_official_test_rows_are_excluded(make_config: Callable[..., Any], tmp_path: Path, keep: bool, expected: dict[str, int]) -> None:
     ids = ["12377809", "26163474", "19100463"] + [str(i) for i in range(100)]
-    document = {i: {"QUESTION": r["question"], "CONTEXTS": r["contexts"], "LONG_ANSWER": r["long_answer"], "final_decision": r["final_decision"]}
+    document = {i: {"QUESTION": r["question"], "CONTEXTS": r["contexts"], "LONG_ANSWER": r["long_answer"],
+                    "final_decision": r["final_decision"]}
                 for i, r in zip(ids, ROWS, strict=False)}
     (tmp_path / "ori_pqal.json").write_text(json.dumps(document))
     assert prepare(make_config({"path": "ori_pqal.json", "keep_official_test": keep}))["rejected"] == expected
@@ -257,7 +263,7 @@ def test_a_killed_process_is_reported_and_leaves_its_parts(make_config: Callable
         def submit(self, *_: Any) -> Any: raise BrokenProcessPool
 
     monkeypatch.setattr(module, "ProcessPoolExecutor", Pool)
-    with pytest.raises(UserError, match="killed.*Finished parts are kept"):
+    with pytest.raises(UserError, match=r"killed.*Finished parts are kept"):
         prepare(make_config(resources={"prepare_cpus": 2}))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -131,15 +130,15 @@ def test_hub_chunks_and_columns(hub: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(readers, "CHUNK_ROWS", 9)
     source = hub_source(str(hub), "", ["pqa_labeled"], {})
     assert len(list(source.chunks())) == 12 and len(all_rows(source)) == 100
-    with pytest.raises(ConfigError, match="run.data.columns.answer: 'reply'"):
+    with pytest.raises(ConfigError, match=r"run\.data\.columns\.answer: 'reply'"):
         hub_source(str(hub), "", ["pqa_labeled"], {"answer": "reply"})
 
 
 def test_hub_errors_are_named(hub: Path) -> None:
     for subsets in (["pqa_other"], []):
-        with pytest.raises(UserError, match="cannot be loaded.*subsets"):
+        with pytest.raises(UserError, match=r"cannot be loaded.*subsets"):
             hub_source(str(hub), "", subsets, {})
-    with pytest.raises(UserError, match="owner/none.*cannot be loaded.*HF_TOKEN"):
+    with pytest.raises(UserError, match=r"owner/none.*cannot be loaded.*HF_TOKEN"):
         hub_source("owner/none", "0" * 40, [], {})
 
 

@@ -43,7 +43,7 @@ def test_missing_directory_file_and_damaged_tokenizer_are_named(make_config: Any
     with pytest.raises(UserError, match="gguf_file"):
         load_tokenizer(config(path="models/tiny", gguf_file="model.gguf"))
     (tmp_path / "models/tiny/tokenizer.json").write_text("{")
-    with pytest.raises(UserError, match="cannot be loaded.*tokenizer.json"):
+    with pytest.raises(UserError, match=r"cannot be loaded.*tokenizer.json"):
         load_tokenizer(config(path="models/tiny"))
     (tmp_path / "models/empty").mkdir()
     with pytest.raises(UserError):
@@ -53,7 +53,8 @@ def test_missing_directory_file_and_damaged_tokenizer_are_named(make_config: Any
 def test_hub_model_that_cannot_be_had_names_the_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    config = parse({"run": {"name": "t", "model": {"name": "owner/gated", "revision": "0" * 40}, "data": {"sample": True}}, "storage": str(tmp_path)})
+    config = parse({"run": {"name": "t", "model": {"name": "owner/gated", "revision": "0" * 40}, "data": {"sample": True}},
+                    "storage": str(tmp_path)})
     with pytest.raises(UserError, match=r"owner/gated cannot be loaded.*HF_TOKEN in the environment \(it is not set\)"):
         load_tokenizer(config)
 
@@ -75,7 +76,8 @@ def test_smollm2_from_gguf(tmp_path: Path) -> None:
     gguf = Path(os.environ["LLM_FINETUNE_SMOLLM2"])
     (tmp_path / "models").mkdir()
     (tmp_path / "models/smol").symlink_to(gguf.parent)
-    config = parse({"run": {"name": "t", "model": {"path": "models/smol", "gguf_file": gguf.name}, "data": {"sample": True, "format": "chat"}},
+    config = parse({"run": {"name": "t", "model": {"path": "models/smol", "gguf_file": gguf.name},
+                            "data": {"sample": True, "format": "chat"}},
                     "storage": str(tmp_path)})
     tokenizer = load_tokenizer(config)
     prompt = template("chat", tokenizer).prompt("Is it?")

@@ -65,7 +65,8 @@ def shingles(texts: Sequence[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64
             rolled = mix(rolled) + np.where(index + step <= last, words[following], np.uint64(0)) if len(words) else rolled
     keep = (index + SHINGLE - 1 <= last) | (index == first[text_of]) & (counts[text_of] < SHINGLE) if len(words) else index == 0
     key = (text_of[keep].astype(np.uint64) << np.uint64(32)) | (mix(rolled[keep]) >> np.uint64(32))
-    key = np.unique(key)
+    key.sort()
+    key = key[np.concatenate([[True], key[1:] != key[:-1]])] if len(key) else key
     offsets = np.searchsorted(key, np.arange(len(texts) + 1, dtype=np.uint64) << np.uint64(32)).astype(np.int64)
     return (key & np.uint64(0xFFFFFFFF)).astype(np.uint32), offsets
 

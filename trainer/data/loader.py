@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -40,12 +40,15 @@ class PackedBatch:
 
     def pin(self) -> PackedBatch:
         """The same batch in page-locked memory, from which copies to a GPU are asynchronous."""
-        return replace(self, **{f.name: v.pin_memory() for f in fields(self) if isinstance(v := getattr(self, f.name), torch.Tensor)})
+        return self._with(torch.Tensor.pin_memory)
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch on a device; asynchronous from page-locked memory."""
-        return replace(self, **{f.name: v.to(device, non_blocking=True) for f in fields(self)
-                                if isinstance(v := getattr(self, f.name), torch.Tensor)})
+        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _with(self, change: Callable[[torch.Tensor], torch.Tensor]) -> PackedBatch:
+        changed: dict[str, Any] = {f.name: change(v) for f in fields(self) if isinstance(v := getattr(self, f.name), torch.Tensor)}
+        return replace(self, **changed)
 
 
 def collate(shards: TokenShards, rows: Sequence[int], budget: int, loss_on: str = "answer", segments: int = 0) -> PackedBatch:

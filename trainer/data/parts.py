@@ -111,9 +111,14 @@ def start_worker(settings: Settings) -> None:
     """Set a process up: one thread (the processes are the parallelism), and an end together with its parent."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if (parent := parent_process()) is not None:
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     global _worker
     _worker = PartMaker(settings)
+
+
+def _end_with(parent: Any) -> None:
+    parent.join()
+    os._exit(1)
 
 
 def make_part(index: int, chunk: Chunk) -> PartInfo:

@@ -31,7 +31,7 @@ from trainer.config import Config
 from trainer.data import duplicates, parts, split
 from trainer.data.formats import template
 from trainer.data.parts import NOT_COUNTED, PartInfo, Settings
-from trainer.data.readers import Chunk, Source, open_source
+from trainer.data.readers import Source, open_source
 from trainer.data.shards import shard_name, write_arrays
 from trainer.errors import UserError
 from trainer.files import read_manifest, sha256, write_atomic, write_directory
@@ -377,7 +377,8 @@ class _Shards:
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         first = sum(shard["rows"] for shard in self.done)
         path = self.directory / shard_name(self.name, len(self.done))
-        self.done.append(write_arrays(path, np.concatenate(self.tokens), offsets, np.concatenate(self.answer_start), first, self.max_tokens))
+        self.done.append(write_arrays(path, np.concatenate(self.tokens), offsets, np.concatenate(self.answer_start), first,
+                                      self.max_tokens))
         self.tokens, self.lengths, self.answer_start, self.waiting = [], [], [], 0
 
     def summary(self) -> dict[str, Any]:

@@ -137,12 +137,14 @@ def hub_source(name: str, revision: str, subsets: list[str], columns: Mapping[st
     import datasets
 
     files: list[Path] = []
-    for subset in subsets or [None]:
+    names: list[str | None] = [*subsets] or [None]
+    for subset in names:
         try:
             splits = datasets.load_dataset(name, subset, revision=revision or None)
         except Exception as error:  # the hub client and pyarrow raise many kinds; all mean that it cannot be had
             line = (str(error).strip().splitlines() or [""])[0][:300]
-            raise UserError(f"The hub dataset {name} (subset {subset}, revision {revision}) cannot be loaded: {type(error).__name__}: {line} "
+            raise UserError(f"The hub dataset {name} (subset {subset}, revision {revision}) cannot be loaded: "
+                            f"{type(error).__name__}: {line} "
                             "Check run.data.name, run.data.revision, run.data.subsets and the network; a gated dataset needs HF_TOKEN, "
                             "and a subset must be named where the dataset has several.") from error
         for split in splits:
@@ -166,7 +168,8 @@ def resolve_columns(names: list[str] | tuple[str, ...], columns: Mapping[str, st
             found[name] = alias
     for name in ("question", "answer"):
         if name not in found:
-            raise ConfigError(f"run.data.columns.{name}", None, f"{where} has the columns {', '.join(names)}: name the one with the {name}.")
+            raise ConfigError(f"run.data.columns.{name}", None,
+                              f"{where} has the columns {', '.join(names)}: name the one with the {name}.")
     return found
 
 
@@ -452,7 +455,7 @@ def _damaged(path: Path, action: Any) -> Any:
         return action()
     except (pa.ArrowException, OSError) as error:
         line = (str(error).strip().splitlines() or [""])[0][:200].rstrip(".")
-        raise UserError(f"{path} is damaged, cut off or not {path.suffix.strip('.').capitalize()}: {line}. Write or copy it again.") from None
+        raise UserError(f"{path} is damaged, cut off or not {path.suffix[1:].capitalize()}: {line}. Write or copy it again.") from None
 
 
 def _parquet(path: Path, columns: Mapping[str, str]) -> Iterator[Chunk]:

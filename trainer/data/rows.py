@@ -39,7 +39,7 @@ class Reject:
     snippet: str
 
 
-class _Unusable(Exception):
+class _UnusableError(Exception):
     pass
 
 
@@ -54,7 +54,7 @@ def normalise(raw: RawRow, columns: Mapping[str, str]) -> Row | Reject:
                    context=_context(_find(value, "context", columns)),
                    answer=_text(_find(value, "answer", columns, required=True), "answer", required=True),
                    decision=_decision(_find(value, "decision", columns)))
-    except _Unusable as error:
+    except _UnusableError as error:
         return Reject(str(error), raw.where, snippet({k: snippet(v, 60) for k, v in list(value.items())[:8]}, 300))
 
 
@@ -67,24 +67,24 @@ def _find(row: Mapping[str, Any], name: str, columns: Mapping[str, str], require
             if alias in row:
                 return row[alias]
     if required:
-        raise _Unusable(f"missing column: {name}")
+        raise _UnusableError(f"missing column: {name}")
     return None
 
 
 def _text(value: Any, name: str, required: bool = False) -> str:
     if value is None:
         if required:
-            raise _Unusable(f"null {name}")
+            raise _UnusableError(f"null {name}")
         return ""
     if not isinstance(value, str):
-        raise _Unusable(f"wrong type: {name}")
+        raise _UnusableError(f"wrong type: {name}")
     if not value.isascii() and _SURROGATE.search(value):
-        raise _Unusable("not UTF-8")
+        raise _UnusableError("not UTF-8")
     if not value.isprintable() and _CONTROL.search(value):
-        raise _Unusable("control characters")
+        raise _UnusableError("control characters")
     value = value.strip()
     if required and not value:
-        raise _Unusable(f"empty {name}")
+        raise _UnusableError(f"empty {name}")
     return value
 
 
@@ -95,7 +95,7 @@ def _id(value: Any) -> str:
         return str(int(value))
     text = _text(value, "id")
     if len(text) > 1000:
-        raise _Unusable("id too long")
+        raise _UnusableError("id too long")
     return text
 
 
@@ -103,7 +103,7 @@ def _context(value: Any) -> str:
     """Text, a list of paragraphs, or the hub's {contexts: [...], labels: [...], meshes: [...]}."""
     if isinstance(value, Mapping):
         if "contexts" not in value:
-            raise _Unusable("wrong type: context")
+            raise _UnusableError("wrong type: context")
         value = value["contexts"]
     if isinstance(value, list | tuple):
         return "\n".join(text for part in value if (text := _text(part, "context")))
@@ -113,5 +113,5 @@ def _context(value: Any) -> str:
 def _decision(value: Any) -> str:
     text = _text(value, "decision").lower().rstrip(".")
     if text and text not in DECISIONS:
-        raise _Unusable("decision is not yes, no or maybe")
+        raise _UnusableError("decision is not yes, no or maybe")
     return text

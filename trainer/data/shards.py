@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from trainer.errors import UserError
 
-_TYPES = {"I32": np.dtype("<i4"), "I64": np.dtype("<i8"), "U8": np.dtype("u1")}
+_TYPES: dict[str, np.dtype[Any]] = {"I32": np.dtype("<i4"), "I64": np.dtype("<i8"), "U8": np.dtype("u1")}
 
 
 def shard_name(split: str, index: int) -> str:

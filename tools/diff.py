@@ -40,7 +40,8 @@ NOISE = {"managedFields", "resourceVersion", "uid", "generation", "creationTimes
 
 
 def render(name: str, root: Path = REPOSITORY, images: Mapping[str, Any] | None = None, chart: Path | None = None) -> Objects:
-    """The environment's objects as Helm renders them (without CRDs). Raises OperatorError with Helm's message.
+    """The environment's objects as Helm renders them (without CRDs and without tests, which Argo CD
+    does not apply). Raises OperatorError with Helm's message.
 
     `images`: global.images for an environment whose release names none (what the cluster's annotation would give).
     """
@@ -51,7 +52,7 @@ def render(name: str, root: Path = REPOSITORY, images: Mapping[str, Any] | None 
         if images and "images" not in release.get("global", {}):
             place = str(Path(folder) / "images.yaml")
             Path(place).write_text(yaml.safe_dump({"global": {"images": dict(images)}}), encoding="utf-8")
-        command = environments.helm_command(name, chart=str(chart or root / CHART), images=place, root=root, action="template")
+        command = environments.helm_command(name, chart=str(chart or root / CHART), images=place, root=root, action="template --skip-tests")
         done = subprocess.run([environments.helm_binary(), *command[1:]], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise OperatorError(f"The environment {name} does not render: {done.stderr.strip()}")

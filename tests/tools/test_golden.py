@@ -67,7 +67,8 @@ def test_argo_cd_and_helm_make_the_same_objects(name: str, tmp_path: Path) -> No
     # As Argo CD's repo-server calls Helm (util/helm/cmd.go of 3.2): name template, namespace, value files, then values. Test hooks are
     # rendered there, but never applied (gitops-engine, pkg/sync/ignore).
     command = [environments.helm_binary(), "template", "--skip-tests", str(REPOSITORY / environments.CHART),
-               "--name-template", application["releaseName"], "--namespace", environments.namespace(name), *[a for f in files for a in ("--values", f)], "--values", str(place)]
+               "--name-template", application["releaseName"], "--namespace",
+               environments.namespace(name), *[a for f in files for a in ("--values", f)], "--values", str(place)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     ours = {key_of(m): m for m in yaml.safe_load_all(done.stdout) if m}
     printed = render(name, images=IMAGES)

@@ -7,6 +7,7 @@ import getpass
 import json
 import logging
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -23,10 +24,22 @@ def serve(args: argparse.Namespace) -> int:
     app = make_app(config)
     server = config.server
     logging.info("listening on http://%s:%d", server.host, server.port)
-    uvicorn.run(app, host=server.host, port=server.port, root_path=server.root_path, log_config=None, access_log=False, lifespan="on",
-                timeout_graceful_shutdown=int(server.shutdown_seconds), proxy_headers=False, server_header=False, timeout_keep_alive=30,
-                h11_max_incomplete_event_size=65536)
-    return 0
+
+    class Server(uvicorn.Server):
+        """Ends when the last answer has: open pages hold a connection for ever, so waiting for connections would wait in vain."""
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            for listening in self.servers:
+                listening.close()
+            await app.conversation.service.drain(server.shutdown_seconds)
+            self.config.timeout_graceful_shutdown = 2  # for the last bytes on their way
+            await super().shutdown(sockets)
+
+    running = Server(uvicorn.Config(
+        app, host=server.host, port=server.port, root_path=server.root_path, log_config=None, access_log=False, lifespan="on",
+        proxy_headers=False, server_header=False, timeout_keep_alive=30, h11_max_incomplete_event_size=65536))
+    running.run()
+    return 0 if running.started else 1
 
 
 def check(args: argparse.Namespace) -> int:

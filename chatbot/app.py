@@ -6,8 +6,8 @@ import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
+from chatbot.access.gate import Gate
 from chatbot.config import Config
 
 
@@ -22,12 +22,11 @@ def prepare_environment(config: Config) -> None:
         "TRANSFORMERS_VERBOSITY": "error"})
 
 
-def make_app(config: Config) -> Any:
+def make_app(config: Config) -> Gate:
     """The application. Nothing is loaded until its lifespan starts. Raises UserError for a configuration that cannot work."""
     prepare_environment(config)
     from fastapi import FastAPI
 
-    from chatbot.access.gate import Gate
     from chatbot.api.routes import Routes
     from chatbot.conversation import Conversation
     from chatbot.guardrails.pipeline import Pipeline
@@ -52,6 +51,4 @@ def make_app(config: Config) -> Any:
     app = FastAPI(title=config.page.title, lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.include_router(Routes(config, conversation).router)
     app = mount_page(app, config, conversation)
-    gate = Gate(app, config.access, config.server)
-    gate.service = service  # type: ignore[attr-defined]
-    return gate
+    return Gate(app, config.access, config.server, conversation)

@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from chatbot.engine.base import End, Piece, Request
 from chatbot.errors import Busy, NotReady, UserError
@@ -59,7 +59,8 @@ class Done:
     """The answer is complete."""
 
     id: str
-    reason: Literal["stop", "length", "content_filter"]
+    reason: Literal["stop", "length", "content_filter", "left"]
+    """`left`: the reader stopped it (in the audit alone)."""
     facts: Facts
     end: End | None
     """None if the model was not asked."""
@@ -106,10 +107,25 @@ class Conversation:
         try:
             async with self.service.use() as served:
                 async with aclosing(self._answer(exchange, served, admitted, model)) as parts:
-                    async for part in parts:
-                        yield part
-                        if isinstance(part, Done):
-                            await self._keep(part, admitted, model, time.monotonic() - began)
+                    tokens, kept = 0, False
+                    try:
+                        async for part in parts:
+                            if isinstance(part, Done):
+                                # Before it is given out: a reader may leave with the last part in hand.
+                                kept = True
+                                self._count(part, model)
+                                await asyncio.to_thread(self.keeper.audit, self._line(part, admitted, model, time.monotonic() - began))
+                            else:
+                                tokens = part.tokens
+                            yield part
+                    except GeneratorExit:
+                        if not kept:
+                            self.metrics.answers.labels(model, "left").inc()
+                            line = self._line(Done(exchange, "left", served.facts, None, admitted.checked.verdicts, ""), admitted, model,
+                                              time.monotonic() - began)
+                            # Not awaited: who closes the stream is not held up.
+                            asyncio.get_running_loop().run_in_executor(None, self.keeper.audit, {**line, "tokens": tokens})
+                        raise
         except (NotReady, Busy) as error:
             self.metrics.errors.labels(type(error).__name__.lower()).inc()
             raise
@@ -149,22 +165,25 @@ class Conversation:
                 if end:
                     yield Done(exchange, end.reason, served.facts, end, checked.verdicts + guard.verdicts, notice)
 
-    async def _keep(self, done: Done, admitted: Admitted, model: ModelName, seconds: float) -> None:
-        """Count and audit a finished exchange."""
+    def _count(self, done: Done, model: ModelName) -> None:
+        """Figures of a finished exchange."""
         self.metrics.answers.labels(model, done.reason).inc()
-        end, question = done.end, admitted.question
-        if end:
+        if end := done.end:
             self.metrics.tokens.labels(model, "prompt").inc(end.prompt_tokens)
             self.metrics.tokens.labels(model, "answer").inc(end.tokens)
             self.metrics.first.labels(model).observe(end.first)
             self.metrics.wait.labels(model).observe(end.waited)
             if end.tokens_per_second:
                 self.metrics.speed.labels(model).observe(end.tokens_per_second)
-        await asyncio.to_thread(self.keeper.audit, {
+
+    def _line(self, done: Done, admitted: Admitted, model: ModelName, seconds: float) -> dict[str, Any]:
+        """The audit line of an exchange: hashes, lengths, latencies, verdicts."""
+        end, question = done.end, admitted.question
+        return {
             "exchange": done.id, "run": done.facts.run, "checkpoint_sha256": done.facts.checkpoint_sha256, "model": model,
             "user": self.keeper.hashed(question.who.user), "address": self.keeper.hashed(question.who.address),
             "question": self.keeper.hashed(question.turns[-1].content), "question_characters": len(question.turns[-1].content),
             "context_characters": len(question.context), "turns": len(question.turns), "reason": done.reason,
             "prompt_tokens": end.prompt_tokens if end else 0, "tokens": end.tokens if end else 0,
             "first_seconds": round(end.first, 4) if end else None, "seconds": round(seconds, 4),
-            "verdicts": [{"check": v.check, "stage": v.stage, "action": v.action, "rule": v.rule} for v in done.verdicts]})
+            "verdicts": [{"check": v.check, "stage": v.stage, "action": v.action, "rule": v.rule} for v in done.verdicts]}

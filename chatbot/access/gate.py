@@ -88,8 +88,10 @@ class Failures:
 class Gate:
     """ASGI middleware. Sets `scope["state"]["user"]` and `scope["state"]["address"]`."""
 
-    def __init__(self, app: Any, access: AccessConfig, server: ServerConfig) -> None:
+    def __init__(self, app: Any, access: AccessConfig, server: ServerConfig, conversation: Any = None) -> None:
         self.app, self.access, self.server = app, access, server
+        self.conversation = conversation
+        """What the application answers with; for who starts and stops it."""
         self.users = Users(Path(access.users_file)) if access.mode == "users" else None
         self.sessions = Sessions(access.session_key_file, access.session_hours) if access.mode == "users" else None
         self.trusted = [ipaddress.ip_network(n, strict=False) for n in access.trusted]

@@ -37,6 +37,8 @@ BASE64 = re.compile(r"(?<![\w+/=-])[A-Za-z0-9+/_-]{12,}={0,2}")
 HEX = re.compile(r"(?<!\w)(?:0x)?(?:[0-9a-fA-F]{2}[\s:]?){8,}(?!\w)")
 LONGEST = 20_000
 """Characters that are looked at in decoded and reversed forms."""
+LONGEST_JOINED = 300
+"""Characters of a run of single letters that are looked at (patterns over text without spaces are slow)."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def views(text: str) -> list[View]:
     folded = "".join(c for c in unicodedata.normalize("NFKC", short) if not invisible(c)).casefold()
     for match in SPACED.finditer(folded):
         joined = re.sub(r"[\W_]+", "", match[0].translate(LOOKALIKES)).translate(LEET)
-        found.append(View("spaced", joined, joined=True))
+        found.append(View("spaced", joined[:LONGEST_JOINED], joined=True))
     for inner in decoded(short):
         found.append(View("decoded", fold(inner)))
         found.extend(View("decoded twice", fold(again)) for again in decoded(inner))

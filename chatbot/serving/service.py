@@ -89,6 +89,13 @@ class Service:
         if self._scheduler:
             await asyncio.to_thread(self._scheduler.stop)
 
+    async def drain(self, seconds: float) -> None:
+        """Take no new questions, and wait until the running answers have ended, at most so long."""
+        self.stopping = True
+        until = time.monotonic() + seconds
+        while self.current and self.current.users and time.monotonic() < until:
+            await asyncio.sleep(0.05)
+
     def ready(self) -> tuple[bool, str]:
         """Whether a question asked now gets an answer, and the reason if not."""
         if self.stopping:

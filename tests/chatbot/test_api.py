@@ -38,7 +38,9 @@ async def test_chat_ask_models_report_metrics(storage: Storage, tmp_path: Path) 
         report = await app.client.get("/report")
         assert report.text.startswith("<h1>Report") and "sandbox" in report.headers["content-security-policy"]
         figures = (await app.client.get("/metrics")).text
-        assert 'chatbot_answers_total{model="tuned",reason="length"} 3.0' in figures and "chatbot_ready 1.0" in figures
+        answered = [float(line.split()[-1]) for line in figures.splitlines() if line.startswith('chatbot_answers_total{model="tuned"')]
+        assert sum(answered) == 3
+        assert "chatbot_ready 1.0" in figures.splitlines()
         assert (await app.client.post("/v1/chat/completions", json={**ASK, "model": "base"})).status_code == 400
 
 
@@ -82,7 +84,7 @@ async def test_guardrails_stop_redact_and_limit(storage: Storage, tmp_path: Path
         limited = await app.client.post("/ask", json={"question": "Why?"})
         assert limited.status_code == 429 and limited.headers["retry-after"]
     audit = read_lines(tmp_path / "records", "audit")
-    assert [line["reason"] for line in audit] == ["content_filter", "content_filter", "stop" if audit[2]["reason"] == "stop" else "length"]
+    assert [line["reason"] for line in audit] == ["content_filter", "content_filter", "length"]
     kept = "".join(p.read_text() for p in (tmp_path / "records").glob("*"))
     assert "jane" not in kept and "kill myself" not in kept and "10.0.0.9" not in kept
 
@@ -194,8 +196,7 @@ async def test_leaving_a_stream_frees_its_place(storage: Storage, tmp_path: Path
         await app.ready()
         from chatbot.conversation import Delta, Question
         from chatbot.serving.prompt import Turn
-        routes = [r for r in app.app.app.routes if getattr(r, "path", "") == "/ask"]
-        conversation = routes[0].endpoint.__self__.conversation
+        conversation = app.app.conversation
         admitted = await conversation.admit(Question([Turn("user", "Why?")], max_tokens=200, temperature=1.0))
         parts = conversation.answer(admitted)
         assert isinstance(await anext(parts), Delta)
@@ -208,3 +209,4 @@ async def test_leaving_a_stream_frees_its_place(storage: Storage, tmp_path: Path
                 break
             await asyncio.sleep(0.02)
         assert served.tuned.batch.idle
+    assert [line["reason"] for line in read_lines(tmp_path / "records", "audit")] == ["left"]

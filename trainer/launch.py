@@ -20,6 +20,7 @@ from typing import Any
 # Read by Ray when it is imported. On a busy machine its parts take longer to start than it allows by itself.
 os.environ.setdefault("RAY_DASHBOARD_STARTUP_TIMEOUT_S", "300")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_COLOR_PREFIX", "0")
 
 import ray
 import ray.train
@@ -101,7 +102,12 @@ def _worker(job: dict[str, Any]) -> dict[str, Any]:
     context = ray.train.get_context()
     rank = context.get_world_rank()
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(levelname).1s %(message)s", force=True)
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     try:
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()  # a bar's redrawn lines are noise in the driver's log
         config = stages.from_document(job["config"])
         if config.resources.gpus_per_worker:
             from ray.train.torch import get_device

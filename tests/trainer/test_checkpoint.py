@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.trainer import tiny
-from tests.trainer.ranks import Ranks as Pool
+from tests.trainer.workers import Workers
 from trainer.checkpoint import format as tensors
 from trainer.checkpoint import saver, store
 from trainer.checkpoint.format import BrokenCheckpoint
@@ -307,7 +307,7 @@ def case_restore(rank, world, directory):
 
 @pytest.fixture(scope="module")
 def pool():
-    with Pool() as p:
+    with Workers() as p:
         yield p
 
 

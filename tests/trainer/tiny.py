@@ -1,4 +1,4 @@
-"""A very small model under a plain AdamW as an engine, and whole training runs of it, for tests of loop and checkpoints.
+"""A very small model under plain Adam as an engine, and whole training runs of it, for tests of loop and checkpoints.
 
 Every rank holds the whole state and owns a slice of it, as a sharding engine's ranks do. Dropout makes the result depend on the
 random numbers, so that a resumed run is equal only if they are restored too.
@@ -37,9 +37,8 @@ class TinyEngine(Engine):
         torch.manual_seed(seed)
         self.rank, self.world, self.device = rank, world, torch.device("cpu")
         self.model = torch.nn.Sequential(torch.nn.Embedding(VOCABULARY, WIDTH), torch.nn.Dropout(0.2), torch.nn.Linear(WIDTH, VOCABULARY))
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1)
-        for p in self.model.parameters():
-            self.optimizer.state[p] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        self.moments = {kind: {n: torch.zeros_like(p) for n, p in self.model.named_parameters()} for kind in ("exp_avg", "exp_avg_sq")}
+        self.updates = 0
 
     def _loss(self, batch: PackedBatch) -> torch.Tensor:
         logits = self.model(batch.input_ids[batch.loss_index])
@@ -58,10 +57,14 @@ class TinyEngine(Engine):
         if self.world > 1:
             for p in self.model.parameters():
                 dist.all_reduce(p.grad)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.param_groups[0]["lr"] = learning_rate
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.updates += 1
+        norm = torch.sqrt(sum((p.grad ** 2).sum() for p in self.model.parameters()))
+        with torch.no_grad():  # Adam by hand: torch.optim imports its compiler, seconds in each process
+            for name, p in self.model.named_parameters():
+                gradient = p.grad / torch.clamp(norm, min=1.0)
+                first, second = self.moments["exp_avg"][name].lerp_(gradient, 0.1), self.moments["exp_avg_sq"][name].lerp_(gradient ** 2, 0.01)
+                p -= learning_rate * first / (1 - 0.9 ** self.updates) / (torch.sqrt(second / (1 - 0.99 ** self.updates)) + 1e-8)
+                p.grad = None
         return norm
 
     @torch.no_grad()
@@ -75,7 +78,7 @@ class TinyEngine(Engine):
     def _state(self) -> list[tuple[str, torch.Tensor]]:
         named = list(self.model.named_parameters())
         return [(f"weights/{n}", p.data) for n, p in named] + [
-            (f"{kind}/{n}", self.optimizer.state[p][kind]) for kind in ("exp_avg", "exp_avg_sq") for n, p in named]
+            (f"{kind}/{n}", moment) for kind, of in self.moments.items() for n, moment in of.items()]
 
     def pieces(self) -> list[Piece]:
         out = []
@@ -87,8 +90,7 @@ class TinyEngine(Engine):
     def load_pieces(self, read: Callable[[str, int, torch.Tensor], None], step: int) -> None:
         for name, tensor in self._state():
             read(name, 0, tensor.view(-1))
-        for p in self.model.parameters():
-            self.optimizer.state[p]["step"].fill_(step)
+        self.updates = step
 
 
 def config(storage: Path, train: dict[str, Any] | None = None, checkpoint: dict[str, Any] | None = None, **run: Any) -> Config:

@@ -82,7 +82,7 @@ class State:
     def failure(self) -> str:
         """What will not mend itself; empty if nothing."""
         if self.run is not None and (self.run.status in ("Failed", "ValidationFailed") or self.run.job == "FAILED"):
-            return f"Run {self.run.name} failed: {self.run.message or self.run.status}"
+            return f"Run {self.run.name} failed: {(self.run.message or self.run.status)[-600:]}"
         if self.error_since is not None and time.time() - self.error_since > PATIENCE:
             return f"Argo CD: {self.message}"
         return ""

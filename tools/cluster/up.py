@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import yaml
 from kubernetes import client
 
-from tools import argocd, charts, images
+from tools import argocd, charts, environments, images, runid, shell
 from tools.cluster import debian, kubernetes, model, network, preflight, registry, sources, status
 from tools.cluster.settings import Settings
 from tools.errors import OperatorError
@@ -174,8 +177,12 @@ class Up:
         api = kubernetes.api_client(self.layout)
         begin = time.monotonic()
         waited = False
+        expected = self.expected_run()
         while True:
             state = status.environment(api, ENVIRONMENT, self.layout)
+            if state.run is None or state.run.name != expected:
+                # Argo CD has not seen the newest commit or image yet: what it shows is about the run before.
+                state = dataclasses.replace(state, run=None)
             if state.run_ended:
                 break
             waited = True
@@ -186,6 +193,16 @@ class Up:
                 raise OperatorError(f"The run has not ended within {clock(RUN_TIMEOUT)}: {state.line()}. See `make status`.")
             time.sleep(1.0)
         return waited
+
+    def expected_run(self) -> str:
+        """Id of the run that the deployed commit asks for with this machine's images."""
+        repository = registry.git_repository(self.layout, self.settings)
+        with tempfile.TemporaryDirectory() as folder:
+            files = [Path(folder) / name for name in environments.ORDER]
+            for file in files:
+                file.write_text(shell.output(["git", "-C", repository, "show",
+                                              f"{registry.BRANCH}:environments/{ENVIRONMENT}/{file.name}"]))
+            return runid.of_values(files, {"global": {"images": self.site().images}})
 
     def chatbot(self, say: Say) -> bool:
         """Wait until the chatbot answers with the run's model."""

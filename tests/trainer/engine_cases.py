@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def train(engine: Engine, shards: TokenShards, first: int, last: int, micro: int
 
 
 @contextlib.contextmanager
-def engine_of(rank: int, world: int, tokens: int | None = None, **config: Any):  # noqa: ANN201
+def engine_of(rank: int, world: int, tokens: int | None = None, **config: Any) -> Iterator[Engine]:
     engine = make_engine(make_config(**config), CPU, rank, world, tokens)
     try:
         yield engine

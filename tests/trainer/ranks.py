@@ -46,7 +46,7 @@ class Ranks:
         self._directory = tempfile.TemporaryDirectory()
         self._runs = 0
 
-    def run(self, world: int, function: str, keywords: dict[str, Any] | None = None, timeout: float = 240.0) -> list[Any]:
+    def run(self, world: int, function: str, keywords: dict[str, Any] | None = None, timeout: float = 600.0) -> list[Any]:
         """Call `function` ("module:name") in `world` processes; AssertionError with the traceback of the first rank that fails."""
         self._runs += 1
         store = str(Path(self._directory.name) / f"store-{self._runs}")

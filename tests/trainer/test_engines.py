@@ -15,7 +15,7 @@ from trainer.engines import make_engine
 from trainer.engines.optimizer import decays
 from trainer.errors import UserError
 
-pytestmark = pytest.mark.timeout(300)  # many runs in one world: the first test of a module waits for all
+pytestmark = pytest.mark.timeout(900)  # many runs in one world: the first test of a module waits for all
 CASES = "tests.trainer.engine_cases"
 
 
@@ -78,12 +78,12 @@ def test_a_gradient_that_is_not_a_number_changes_nothing(name: str, two: list[di
 
 
 def test_qlora_needs_a_gpu() -> None:
-    with pytest.raises(UserError, match="run.method.kind: 'qlora' needs GPUs"):
+    with pytest.raises(UserError, match="'qlora' needs GPUs"):
         make_engine(make_config(method="qlora"), CPU, 0, 1)
 
 
 def test_float8_needs_a_gpu() -> None:
-    with pytest.raises(UserError, match="run.engine.float8"):
+    with pytest.raises(UserError, match="float8"):
         make_engine(make_config(engine={"float8": "rowwise"}), CPU, 0, 1)
 
 

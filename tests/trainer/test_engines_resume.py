@@ -14,7 +14,7 @@ from tests.trainer.golden.regenerate import CASES
 from tests.trainer.ranks import Ranks
 from tests.trainer.test_golden_curves import ENGINES, TOLERANCE, flat, golden
 
-pytestmark = pytest.mark.timeout(300)  # many runs in one world: the first test of a module waits for all
+pytestmark = pytest.mark.timeout(900)  # many runs in one world: the first test of a module waits for all
 STEP = 3
 SAVES = [("full", "fsdp3", 2), ("full", "fsdp2", 2), ("full", "zero1", 2), ("full", "zero2", 2), ("full", "zero3", 2),
          ("lora", "fsdp3", 2), ("lora", "zero1", 2), ("lora", "zero3", 2), ("full-tied", "fsdp3", 2),

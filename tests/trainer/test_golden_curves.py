@@ -15,7 +15,7 @@ import pytest
 from tests.trainer.golden.regenerate import CASES, CURVES
 from tests.trainer.ranks import Ranks
 
-pytestmark = pytest.mark.timeout(300)  # many runs in one world: the first test of a module waits for all
+pytestmark = pytest.mark.timeout(900)  # many runs in one world: the first test of a module waits for all
 TOLERANCE = 5e-5
 ENGINES = {"fsdp3": {"engine": "fsdp", "stage": 3}, "fsdp2": {"engine": "fsdp", "stage": 2}, "zero1": {"engine": "deepspeed", "stage": 1},
            "zero2": {"engine": "deepspeed", "stage": 2}, "zero3": {"engine": "deepspeed", "stage": 3}}

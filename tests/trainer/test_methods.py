@@ -76,4 +76,5 @@ def test_new_rows_are_used_and_trained(toy_rows: Path) -> None:
 
 def test_names_that_are_no_adapter_are_refused() -> None:
     with pytest.raises(UserError, match="no part of an adapter"):
-        merge_adapters(load_model(make_config(), tokens=VOCABULARY), MethodConfig(kind="lora"), ["model.norm.weight"], lambda n: torch.zeros(1))
+        merge_adapters(load_model(make_config(), tokens=VOCABULARY), MethodConfig(kind="lora"), ["model.norm.weight"],
+                       lambda name: torch.zeros(1))

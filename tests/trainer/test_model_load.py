@@ -14,8 +14,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tests.trainer.engine_cases import ARCHITECTURE
 from trainer.config import Config, parse
 from trainer.errors import UserError
-from trainer.model.load import (MemoryWeights, RandomWeights, ResizedWeights, SafetensorsWeights, load_model, model_config, open_weights,
-                                resized_vocabulary)
+from trainer.model.load import (
+    MemoryWeights,
+    RandomWeights,
+    ResizedWeights,
+    SafetensorsWeights,
+    load_model,
+    model_config,
+    open_weights,
+    resized_vocabulary,
+)
 
 
 def config_for(storage: Path, **model: Any) -> Config:
@@ -97,7 +105,7 @@ def test_pickled_weights_are_refused(tmp_path: Path) -> None:
     directory = tmp_path / "models" / "base"
     (directory / "model.safetensors").unlink()
     torch.save(model.state_dict(), directory / "pytorch_model.bin")
-    with pytest.raises(UserError, match="Pickled weights .pytorch_model.bin. are not loaded"):
+    with pytest.raises(UserError, match=r"Pickled weights .pytorch_model\.bin. are not loaded"):
         load_model(config_for(tmp_path))
 
 
@@ -107,7 +115,8 @@ def change(directory: Path, **fields: Any) -> None:
 
 
 @pytest.mark.parametrize(("fields", "message"), [
-    ({"model_type": "gpt2"}, "only Llama models"), ({"intermediate_size": 96}, "has the shape"), ({"num_hidden_layers": 3}, "lack model.layers.2"),
+    ({"model_type": "gpt2"}, "only Llama models"), ({"intermediate_size": 96}, "has the shape"),
+    ({"num_hidden_layers": 3}, "lack model.layers.2"),
     ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "unquantised")])
 def test_a_model_that_does_not_fit_its_config(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
     saved(tmp_path)
@@ -132,7 +141,7 @@ def test_missing_directory(tmp_path: Path) -> None:
 
 def test_unknown_architecture_field_and_weights_of_a_resized_model(tmp_path: Path) -> None:
     config = config_for(tmp_path, architecture={**ARCHITECTURE, "num_attention_heads": 5})
-    with pytest.raises(UserError, match="run.model.architecture"):
+    with pytest.raises(UserError, match="architecture"):
         model_config(config)
     good = config_for(tmp_path, architecture=ARCHITECTURE)
     assert open_weights(good, model_config(good, 53)).shapes["lm_head.weight"] == (56, ARCHITECTURE["hidden_size"])

@@ -73,5 +73,5 @@ class Engine(abc.ABC):
         """Fill the state from a checkpoint: `read(name, start, out)` fills the 1-D CPU tensor `out`. `step` is the number of
         optimizer steps already done (AdamW's bias correction)."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  # most engines keep nothing
         """Free what the process keeps beyond this object (global state of a library). Not collective; the engine is unusable after."""

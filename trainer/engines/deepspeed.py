@@ -18,11 +18,21 @@ from torch import nn
 
 from trainer.config import Config, ConfigError
 from trainer.engines.base import Engine, Piece
-from trainer.engines.layers import Checkpointing, decoder_layers, prepare_layers
+from trainer.engines.layers import KEEP_ALL, Checkpointing, decoder_layers, prepare_layers
 from trainer.engines.optimizer import decays
 from trainer.errors import UserError
-from trainer.model.load import (DTYPES, base_config, empty_model, fill, give_memory, held, materialise, model_config, open_weights,
-                                restore_buffers)
+from trainer.model.load import (
+    DTYPES,
+    base_config,
+    empty_model,
+    fill,
+    give_memory,
+    held,
+    materialise,
+    model_config,
+    open_weights,
+    restore_buffers,
+)
 from trainer.model.loss import token_loss_sum, use_packed_forward
 from trainer.model.methods import MethodWeights, canonical, shape_for_method
 
@@ -65,7 +75,7 @@ class DeepSpeedEngine(Engine):
     """See the module's text."""
 
     def __init__(self, config: Config, tokens: int | None, device: torch.device, rank: int, world: int,
-                 checkpointing: Checkpointing = Checkpointing()) -> None:
+                 checkpointing: Checkpointing = KEEP_ALL) -> None:
         if device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         os.environ["LOCAL_RANK"] = str(device.index or 0)  # DeepSpeed takes its device from here; a worker may see one GPU only
@@ -82,7 +92,7 @@ class DeepSpeedEngine(Engine):
         self.config, self.device, self.rank, self.world = config, device, rank, world
         self.target = model_config(config, tokens)
         self.dtype = DTYPES[config.run.model.dtype]
-        deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, dist_init_required=None)
+        deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False)
         self.model = self._build(checkpointing)
         train = config.run.train
         groups = [{"params": [p for n, p in self._trained() if decays(n, _shape(p)) == decay],
@@ -96,7 +106,7 @@ class DeepSpeedEngine(Engine):
 
     def _build(self, checkpointing: Checkpointing) -> nn.Module:
         run = self.config.run
-        model = empty_model(self.target, self.dtype)
+        model: Any = empty_model(self.target, self.dtype)
         self.ds = deepspeed_config(self.config, self.device, sum(p.numel() for p in model.parameters()), self.target.hidden_size)
         shape_for_method(model, run.method, base_config(self.config).vocab_size, self.dtype)
         use_packed_forward(model)
@@ -123,12 +133,12 @@ class DeepSpeedEngine(Engine):
             fresh = {n for n, p in part.named_parameters() if p.is_meta}
             give_memory(part, self.device)
             if self.rank == 0:
-                fill(held(part, lambda n, prefix=prefix: canonical(prefix + n), fresh), weights)
+                fill(((canonical(prefix + n), shape, flat, start) for n, shape, flat, start in held(part, only=fresh)), weights)
             deepspeed.zero.Init(module=part, config_dict_or_path=self.ds, dtype=self.dtype)  # broadcasts from rank 0, then partitions
         restore_buffers(model, self.device)
         set_z3_leaf_modules(model, [type(decoder_layers(model)[0])])
 
-    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+    def _trained(self) -> list[tuple[str, Any]]:
         return [(canonical(n), p) for n, p in self.model.named_parameters() if p.requires_grad]
 
     # The step

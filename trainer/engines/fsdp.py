@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from trainer.config import Config, ConfigError
-from trainer.engines.layers import Checkpointing, decoder_layers
+from trainer.engines.layers import KEEP_ALL, Checkpointing, decoder_layers
 from trainer.engines.optimizer import global_norm
 from trainer.engines.torch_engine import TorchEngine, backward_all
 from trainer.model.load import DTYPES, local_range
@@ -53,7 +52,7 @@ class FsdpEngine(TorchEngine):
     """See the module's text."""
 
     def __init__(self, config: Config, tokens: int | None, device: torch.device, rank: int, world: int,
-                 checkpointing: Checkpointing = Checkpointing()) -> None:
+                 checkpointing: Checkpointing = KEEP_ALL) -> None:
         super().__init__(config, tokens, device, rank, world)
         self._offload = config.run.engine.offload == "cpu" and device.type == "cuda"
         self.mesh = make_mesh(config, device, world)
@@ -63,21 +62,21 @@ class FsdpEngine(TorchEngine):
         self._build(torch.float32 if full else self.dtype, self._shard, checkpointing)
         self._start_optimizer()
 
-    def _shard(self, model: nn.Module) -> None:
+    def _shard(self, model: Any) -> None:
         engine = self.config.run.engine
         low = self.dtype != torch.float32
         policy = MixedPrecisionPolicy(param_dtype=self.dtype if low else None,
                                       reduce_dtype=DTYPES[engine.reduce_dtype] if low else None)
         offload = CPUOffloadPolicy() if self._offload else OffloadPolicy()
-        options = {"mesh": self.mesh, "mp_policy": policy, "offload_policy": offload}
-        for name, parameter in model.named_parameters():
+        options: dict[str, Any] = {"mesh": self.mesh, "mp_policy": policy, "offload_policy": offload}
+        for parameter in model.parameters():
             if parameter.requires_grad and parameter.dtype != torch.float32:
                 parameter.data = parameter.data.float()  # the masters of adapters
         for layer in decoder_layers(model):
             fully_shard(layer, reshard_after_forward=engine.zero_stage == 3, **options)
-        if model.lm_head.weight is not model.model.embed_tokens.weight:  # type: ignore[union-attr]
-            fully_shard(model.model.embed_tokens, **options)  # type: ignore[union-attr, arg-type]
-            fully_shard([model.model.norm, model.lm_head], reshard_after_forward=False, **options)  # type: ignore[union-attr, list-item]
+        if model.lm_head.weight is not model.model.embed_tokens.weight:
+            fully_shard(model.model.embed_tokens, **options)
+            fully_shard([model.model.norm, model.lm_head], reshard_after_forward=False, **options)
         fully_shard(model, **options)  # a tied embedding stays with the root: one gather serves both of its uses
 
     def _weights_device(self) -> torch.device:
@@ -100,7 +99,7 @@ class FsdpEngine(TorchEngine):
         return backward_all(self, batches, self.world / loss_tokens, before)
 
     def step(self, learning_rate: float) -> torch.Tensor:
-        parameters = [p for _, p in self._trained()]
+        parameters: list[Any] = [p for _, p in self._trained()]
         gradients = [p.grad.to_local().view(-1) if p.grad is not None else torch.zeros_like(m)
                      for p, (m, _) in zip(parameters, self._masters(), strict=True)]
         norm = global_norm(gradients, self.device, self.mesh.get_group("shard"), sharded=self.world > 1)

@@ -20,6 +20,9 @@ class Checkpointing(NamedTuple):
     """With `selective`: share of the activations that is kept."""
 
 
+KEEP_ALL = Checkpointing()
+
+
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The decoder's layers, in order."""
     return list(model.model.layers)  # type: ignore[union-attr, arg-type]

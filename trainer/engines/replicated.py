@@ -7,7 +7,7 @@ ranks may hold different numbers of micro-batches.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from trainer.config import Config
-from trainer.engines.layers import Checkpointing
+from trainer.engines.layers import KEEP_ALL, Checkpointing
 from trainer.engines.optimizer import global_norm
 from trainer.engines.torch_engine import TorchEngine, backward_all
 
@@ -27,7 +27,7 @@ class ReplicatedEngine(TorchEngine):
     """See the module's text."""
 
     def __init__(self, config: Config, tokens: int | None, device: torch.device, rank: int, world: int,
-                 checkpointing: Checkpointing = Checkpointing()) -> None:
+                 checkpointing: Checkpointing = KEEP_ALL) -> None:
         super().__init__(config, tokens, device, rank, world)
         self._build(self.dtype, lambda model: None, checkpointing)
         parameters = [p for _, p in self._trained()]
@@ -50,7 +50,7 @@ class ReplicatedEngine(TorchEngine):
                 parameter.register_post_accumulate_grad_hook(self._adder(part))
         self._in_place = all(p.dtype == dtype for p in parameters)
 
-    def _adder(self, part: torch.Tensor):  # noqa: ANN202
+    def _adder(self, part: torch.Tensor) -> Callable[[torch.Tensor], None]:
         def add(parameter: torch.Tensor) -> None:
             if parameter.grad is None:
                 return

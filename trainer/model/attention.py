@@ -8,6 +8,7 @@ they are); on the CPU each row is attended alone. Nothing of it reads a device v
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ def packed_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Te
         from torch.nn.attention.varlen import varlen_attn
 
         q, k, v = (x.transpose(1, 2).squeeze(0) for x in (query, key, value))
-        out = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, window_size=(-1, 0))
+        out: Any = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, window_size=(-1, 0))
         return out.unsqueeze(0), None
     return _row_by_row(query, key, value, cu_seq_lens_q, scaling), None
 
@@ -44,7 +45,7 @@ def _row_by_row(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_
     borders = cu_seqlens.tolist()
     if borders[0] != 0 or borders[-1] != query.shape[2]:
         raise ValueError(f"cu_seqlens must rise from 0 to {query.shape[2]}, not from {borders[0]} to {borders[-1]}.")
-    sizes = [b - a for a, b in zip(borders, borders[1:], strict=False) if b > a]
+    sizes = [b - a for a, b in itertools.pairwise(borders) if b > a]
     grouped = query.shape[1] != key.shape[1]
     rows = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
     out = [F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped) for q, k, v in rows]

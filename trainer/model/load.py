@@ -27,7 +27,7 @@ from trainer.errors import ConfigError, UserError
 from trainer.paths import RunPaths
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig
+    from transformers import LlamaConfig, LlamaForCausalLM
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -89,7 +89,7 @@ def base_config(config: Config) -> LlamaConfig:
 
 
 @functools.cache
-def _stored_config(directory: Path, gguf_file: str) -> PretrainedConfig:
+def _stored_config(directory: Path, gguf_file: str) -> Any:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
@@ -212,7 +212,8 @@ class ResizedWeights(Weights):
     """
 
     def __init__(self, source: Weights, rows: int) -> None:
-        self._source, self._means = source, {}
+        self._source = source
+        self._means: dict[str, torch.Tensor] = {}
         self.shapes = {n: (rows, *s[1:]) if n in (EMBEDDING, HEAD) else s for n, s in source.shapes.items()}
 
     def _mean(self, name: str) -> torch.Tensor:
@@ -290,11 +291,11 @@ def give_memory(module: nn.Module, device: torch.device) -> None:
             setattr(part, key, made[id(parameter)])
 
 
-def restore_buffers(model: nn.Module, device: torch.device) -> None:
+def restore_buffers(model: Any, device: torch.device) -> None:
     """Compute the rotary embedding's buffers, which no file holds, in float32 on `device`."""
-    rotary = model.model.rotary_emb  # type: ignore[union-attr]
+    rotary = model.model.rotary_emb
     with torch.device(device):
-        fresh = type(rotary)(model.config)  # type: ignore[operator]
+        fresh = type(rotary)(model.config)
     for key, buffer in fresh.named_buffers():
         setattr(rotary, key, buffer)
     if left := [n for n, b in model.named_buffers() if b.is_meta]:

@@ -44,7 +44,8 @@ def adapter_targets(model: nn.Module, method: MethodConfig) -> list[str]:
     known = sorted({n.rsplit(".", 1)[1] for n in linear})
     for target in method.targets:
         if not any(n.endswith(f".{target}") for n in linear):
-            raise ConfigError("run.method.targets", target, f"No linear layer of the decoder has this name: use all-linear, or {', '.join(known)}.")
+            raise ConfigError("run.method.targets", target,
+                              f"No linear layer of the decoder has this name: use all-linear, or {', '.join(known)}.")
     return [n for n in linear if any(n.endswith(f".{t}") for t in method.targets)]
 
 
@@ -57,9 +58,10 @@ def shape_for_method(model: LlamaForCausalLM, method: MethodConfig, base_rows: i
     targets = adapter_targets(model, method)
     model.requires_grad_(False)
     if method.kind == "qlora":
-        _quantised_layers(model, targets, dtype)
-    inject_adapter_in_model(LoraConfig(r=method.rank, lora_alpha=method.alpha, lora_dropout=method.dropout, target_modules=targets,
-                                       task_type="CAUSAL_LM"), model, ADAPTER, low_cpu_mem_usage=True)
+        _quantised_layers(model, dtype)
+    adapters = LoraConfig(r=method.rank, lora_alpha=method.alpha,  # type: ignore[arg-type]  # a float works
+                          lora_dropout=method.dropout, target_modules=targets, task_type="CAUSAL_LM")
+    inject_adapter_in_model(adapters, model, ADAPTER, low_cpu_mem_usage=True)
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.to(dtype)
@@ -82,7 +84,7 @@ def _trainable_rows(model: LlamaForCausalLM, first: int, dtype: torch.dtype) -> 
 class _Embedding:
     """Forward of an embedding whose rows from `first` on are `new_rows`."""
 
-    def __init__(self, module: nn.Embedding, first: int) -> None:
+    def __init__(self, module: Any, first: int) -> None:
         self.module, self.first = module, first
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
@@ -129,7 +131,7 @@ def _bitsandbytes() -> Any:
     return bitsandbytes
 
 
-def _quantised_layers(model: nn.Module, targets: Collection[str], dtype: torch.dtype) -> None:
+def _quantised_layers(model: Any, dtype: torch.dtype) -> None:
     """Replace the decoder's linear layers by 4-bit ones, still without values. Those without adapters are quantised as well."""
     bnb = _bitsandbytes()
     for name, module in [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith("model.layers.")]:

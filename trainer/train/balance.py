@@ -133,7 +133,8 @@ class SpeedProbe:
             self._layer = LlamaDecoderLayer(own, 0).to(dtype)
         for parameter in self._layer.parameters():  # zeros and ones would be faster than real weights: less power is drawn
             torch.nn.init.normal_(parameter, std=0.02)
-        self._forward = torch.compile(self._layer, fullgraph=True, dynamic=False) if compile_layer and device.type == "cuda" else self._layer
+        compiled = compile_layer and device.type == "cuda"
+        self._forward = torch.compile(self._layer, fullgraph=True, dynamic=False) if compiled else self._layer
 
     def measure(self, tokens: int, row_tokens: int, warm: int = 2, repeats: int = 5) -> float:
         """Tokens per second of a micro-batch of `tokens` tokens in rows of `row_tokens`. Not collective."""

@@ -1,0 +1,165 @@
+"""Launching on Ray: what is retried, what is not, and (slow) a real worker group whose workers are killed."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import ray.train
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+from ray.train.v2._internal.execution.failure_handling.failure_policy import FailureDecision
+from ray.train.v2.api.exceptions import WorkerGroupError
+
+from trainer import config as configuration
+from trainer import launch
+from trainer.errors import ConfigError, UserError
+from trainer.train.progress import read
+from trainer.train.stop import Preempted
+
+
+def lost(**failures):
+    """A worker group error as Ray Train hands it to the failure policy."""
+    wrapped = {int(rank[1:]): UserExceptionWithTraceback(e, "Traceback ...") if not isinstance(e, ray.exceptions.RayActorError) else e
+               for rank, e in failures.items()}
+    return WorkerGroupError("some workers failed", wrapped)
+
+
+def test_errors_that_only_the_user_can_mend_are_not_retried(capsys):
+    policy = launch.FailurePolicy(ray.train.FailureConfig(max_failures=5))
+    assert policy.make_decision(lost(r0=RuntimeError("peer"), r1=UserError("Lower the rate."))) == FailureDecision.RAISE
+    assert capsys.readouterr().out == ""
+
+
+def test_losses_are_counted_and_said_in_one_line(capsys):
+    policy = launch.FailurePolicy(ray.train.FailureConfig(max_failures=2))
+    decisions = [policy.make_decision(lost(r1=RuntimeError("connection closed\nby peer"))) for _ in range(3)]
+    assert decisions == [FailureDecision.RETRY, FailureDecision.RETRY, FailureDecision.RAISE]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == ("The workers stopped (1 of 2 losses): worker 1: RuntimeError: connection closed. "
+                        "Starting again from the last checkpoint.")
+    assert len(lines) == 3 and lines[2].endswith("Giving up.")
+
+
+def test_preemption_does_not_count():
+    policy = launch.FailurePolicy(ray.train.FailureConfig(max_failures=1))
+    for _ in range(5):
+        assert policy.make_decision(lost(r0=Preempted("asked to end"))) == FailureDecision.RETRY
+    assert policy.make_decision(lost(r0=RuntimeError("x"))) == FailureDecision.RETRY
+    assert policy.make_decision(lost(r0=RuntimeError("x"))) == FailureDecision.RAISE
+
+
+def test_user_error_is_found_inside_what_ray_wraps_around_it():
+    inner = ConfigError("run.seed", -1, "Give another.")
+    assert launch.user_error(lost(r3=inner)) is inner
+    assert launch.user_error(lost(r3=ValueError("x"))) is None and launch.user_error(None) is None
+
+
+def test_policies_travel_to_the_controller():
+    from ray import cloudpickle
+
+    for policy in (launch.FailurePolicy(ray.train.FailureConfig()), launch.FixedSize(ray.train.ScalingConfig(num_workers=2)),
+                   launch.ProcessGroup(gpus=True)):
+        assert type(cloudpickle.loads(cloudpickle.dumps(policy))) is type(policy)
+
+
+@pytest.mark.parametrize(("nodes", "room"), [
+    ([{"CPU": 1}, {"CPU": 1}], 2), ([{}, {"CPU": 0.5}], 0), ([{"CPU": 8, "GPU": 2}], 8),
+])
+def test_room(monkeypatch, tmp_path, nodes, room):
+    monkeypatch.setattr(launch.ray, "nodes", lambda: [{"Alive": True, "Resources": n} for n in nodes] + [{"Alive": False, "Resources": {"CPU": 9}}])
+    document = {"storage": str(tmp_path), "resources": {"workers": 2},
+                "run": {"name": "x", "model": {"path": "m"}, "data": {"sample": True}}}
+    assert launch.room(configuration.parse(document)) == room
+    document["resources"] = {"workers": 2, "gpus_per_worker": 1}
+    assert launch.room(configuration.parse(document)) == min(room, sum(int(n.get("GPU", 0)) for n in nodes))
+
+
+# On Ray, with a small random Llama and two workers of one CPU -------------------------------------------------------------------
+
+ROWS = 120
+
+
+def storage(directory: Path) -> Path:
+    """A storage with a tokenizer of the model's own and a dataset, made without the network; returns the configuration file."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = [f"w{i}" for i in range(200)]
+    special = ["<unk>", "<s>", "</s>"]
+    tokenizer = Tokenizer(models.WordLevel({t: i for i, t in enumerate([*special, *words, "yes", "no", "maybe"])}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>").save_pretrained(
+        directory / "model")
+    with open(directory / "rows.jsonl", "w", encoding="utf-8") as file:
+        for i in range(ROWS):
+            question = " ".join(words[(i * 7 + k * 3) % 200] for k in range(8))
+            answer = " ".join(words[(i * 11 + k * 5) % 200] for k in range(6 + i % 9))
+            print(json.dumps({"id": f"r{i}", "question": question, "answer": answer, "decision": ["yes", "no", "maybe"][i % 3]}), file=file)
+    path = directory / "config.yaml"
+    path.write_text(json.dumps({
+        "storage": str(directory), "resources": {"workers": 2, "cpus_per_worker": 1},
+        "run": {"name": "faults", "data": {"path": "rows.jsonl", "max_tokens": 64, "context": False, "near_duplicates": 1},
+                "model": {"path": "model", "dtype": "float32", "architecture": {
+                    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+                    "max_position_embeddings": 128}},
+                "train": {"epochs": 60, "tokens_per_step": 512, "micro_batch_tokens": 256, "learning_rate": 1e-3, "eval_every": 100},
+                "engine": {"kind": "fsdp", "checkpointing": "none", "compile": False}, "checkpoint": {"every_steps": 20},
+                "evaluation": {"rows": 8, "generate_rows": 2, "max_new_tokens": 4, "samples": 2}, "export": {"dtype": "float32"}}}))
+    return path
+
+
+def start(path, name):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("RAY_ADDRESS", None)
+    return subprocess.Popen([sys.executable, "-m", "trainer", "run", "--config", str(path), "--id", name], stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def workers_of(driver: int) -> list[int]:
+    """Processes of Ray's training workers that belong to the driver's Ray instance."""
+    import psutil
+
+    return [p.pid for p in psutil.Process(driver).children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_killed_and_terminated_workers_end_with_the_same_loss(tmp_path):
+    path = storage(tmp_path)
+    whole = start(path, "faults-whole")
+    assert whole.wait(600) == 0, whole.stdout.read()
+    disturbed = start(path, "faults-killed")
+    lines: list[str] = []
+    reader = threading.Thread(target=lambda: lines.extend(disturbed.stdout), daemon=True)
+    reader.start()
+    root = tmp_path / "runs" / "faults-killed"
+    for number, step in ((signal.SIGKILL, 30), (signal.SIGTERM, 90)):
+        restarts = sum("Starting again" in line for line in lines)
+        deadline, sent = time.monotonic() + 400, False
+        while time.monotonic() < deadline and disturbed.poll() is None and sum("Starting again" in line for line in lines) == restarts:
+            progress = read(root / "progress.json") or {}
+            pids = workers_of(disturbed.pid) if not sent and progress.get("stage") == "train" and (progress.get("step") or 0) >= step else []
+            if len(pids) == 2:
+                os.kill(pids[-1], number)
+                sent = True
+            time.sleep(0.05)
+        assert sent, "".join(lines)
+    assert disturbed.wait(600) == 0, "".join(lines)
+    reader.join(10)
+    text = "".join(lines)
+    assert len(re.findall("Starting again from the last checkpoint", text)) == 2, text
+    assert "Preempted" in text
+    curves = []
+    for name in ("faults-whole", "faults-killed"):
+        records = [json.loads(line) for line in (tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+        assert [r["step"] for r in records] == list(range(1, len(records) + 1))
+        curves.append([r["loss"] for r in records])
+    assert curves[0] == curves[1]
+    reports = [json.loads((tmp_path / "runs" / name / "report.json").read_text()) for name in ("faults-whole", "faults-killed")]
+    assert reports[0]["checkpoint_sha256"] == reports[1]["checkpoint_sha256"]

@@ -136,12 +136,14 @@ def test_special_tokens_and_chat(tmp_path: Path) -> None:
 
 
 def test_rows_without_decisions_or_context(tmp_path: Path) -> None:
-    config = configuration(tmp_path, evaluation={"generate_rows": 2, "samples": 1, "max_new_tokens": 2, "bootstrap": 100})
-    paths = RunPaths.of(config)
-    tokenizer = make_dataset(config, paths, rows(3), [{**r, "decision": "", "context": ""} for r in rows(4, 2)])
-    export(config, paths, TensorReader(learn(config, paths, 4)), tokenizer)
-    result = stage.evaluate(config, paths)
-    assert "decision_accuracy" not in result["base"] and "decisions" not in result and "token_f1" in result["base"]
+    for part, decided in (("decision", False), ("context", True)):
+        config = configuration(tmp_path / part, evaluation={"generate_rows": 2, "samples": 1, "max_new_tokens": 2, "bootstrap": 100})
+        paths = RunPaths.of(config)
+        tokenizer = make_dataset(config, paths, rows(3), [{**r, part: ""} for r in rows(4, 2)])
+        export(config, paths, TensorReader(learn(config, paths, 4)), tokenizer)
+        result = stage.evaluate(config, paths)
+        assert "token_f1" in result["base"]
+        assert ("decision_accuracy" in result["base"]) is ("decisions" in result) is decided
 
 
 def test_copies_in_training_are_flagged(tmp_path: Path) -> None:

@@ -50,6 +50,9 @@ def passed(gate: dict[str, Any], served: dict[str, Any] | None = None, **changes
     ({"decision_accuracy": {"better_than_base": True}}, True),
     ({"decision_accuracy": {"better_than_base": True, "confidence": 0.95}}, False),
     ({"macro_f1": {"min": 0.0}}, False),  # not in the report
+    ({"token_f1": {"not_clearly_worse": True}}, True),
+    ({"macro_f1": {"not_clearly_worse": True}}, False),
+    ({"macro_f1": {"not_clearly_worse": True, "min": 0.9, "optional": True}}, True),
     ({"contamination": "none"}, True),
     ({"min_rows": 120}, True),
     ({"min_rows": 121}, False),
@@ -63,6 +66,16 @@ def test_identical_models_are_not_better() -> None:
     for gate in ({"better_than_base": True}, {"better_than_base": True, "confidence": 0.95}):
         assert not passed({"loss": gate}, difference={"loss": same})
     assert passed({"loss": {"not_worse_by": 0}}, difference={"loss": same})
+
+
+def test_clearly_worse() -> None:
+    worse = {**REPORT["difference"], "token_f1": {**REPORT["difference"]["token_f1"], "low": -0.05, "high": -0.001}}
+    assert not passed({"token_f1": {"not_clearly_worse": True}}, difference=worse)
+    assert passed({"loss": {"not_clearly_worse": True}})
+    worse["loss"] = {**REPORT["difference"]["loss"], "mean": 0.2, "low": 0.1, "high": 0.3}
+    assert not passed({"loss": {"not_clearly_worse": True, "optional": True}}, difference=worse)
+    worse["loss"] = {**worse["loss"], "high": None}  # present, but not finite: not what optional is for
+    assert not passed({"loss": {"not_clearly_worse": True, "optional": True}}, difference=worse)
 
 
 def test_contamination() -> None:
@@ -87,7 +100,8 @@ def test_served_model() -> None:
 @pytest.mark.parametrize(("gate", "message"), [
     ({}, "at least one threshold"), ([], "at least one threshold"), (None, "at least one threshold"),
     ({"loss": {"better": True}}, "loss.better"), ({"loss": True}, "loss: True"), ({"loss": {}}, "loss: {}"),
-    ({"loss": {"better_than_base": False}}, "leave the entry out"), ({"loss": {"confidence": 0.95}}, "goes with"),
+    ({"loss": {"better_than_base": False}}, "leave the entry out"),
+    ({"loss": {"optional": "yes"}}, "leave the entry out"), ({"loss": {"confidence": 0.95}}, "goes with"),
     ({"loss": {"better_than_base": True, "confidence": 95}}, "0.95"), ({"loss": {"max": "2"}}, "Give a number"),
     ({"loss": {"max": float("nan")}}, "Give a number"), ({"loss": {"not_worse_by": -1}}, "positive margin"),
     ({"contamination": "some"}, "none or a share"), ({"contamination": True}, "none or a share"), ({"min_rows": 0}, "at least 1"),

@@ -26,7 +26,7 @@ class Result:
     tokens: int = 0
     """Number of these tokens."""
     harness: list[float] = field(default_factory=list)
-    """Log-likelihood of each choice after lm-evaluation-harness's prompt; empty if the row has no decision or context."""
+    """Log-likelihood of each choice after lm-evaluation-harness's prompt; empty if the row has no decision."""
     own: list[float] = field(default_factory=list)
     """The same after the run's own prompt."""
     answer: str | None = None
@@ -47,7 +47,7 @@ def evaluate_model(model: PreTrainedModel, tokenizer: Any, rows: Sequence[Row], 
     reader, budget = Reader(model), token_budget(model, model.device)
     results = {row.index: Result(row.index) for row in rows}
     longest = model.config.max_position_embeddings
-    asked = [row for row in rows if row.decision and row.context]
+    asked = [row for row in rows if row.decision]
     total, done = len(rows) + len(asked) + sum(row.index in generate for row in rows), 0
 
     def advance(rows: int, text: str) -> None:

@@ -23,7 +23,7 @@ Question = tuple[list[int], list[list[int]]]
 
 
 def harness_prompt(row: Row) -> str:
-    """lm-evaluation-harness's text for a PubMedQA row."""
+    """lm-evaluation-harness's text for a PubMedQA row. A run without contexts is asked as the harness asks a row that has none."""
     return f"Abstract: {row.context}\nQuestion: {row.question}\nAnswer:"
 
 

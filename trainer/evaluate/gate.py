@@ -5,7 +5,8 @@ A gate file is YAML; every entry is optional, unknown ones are refused:
     loss:              {better_than_base: true, confidence: 0.95}
     decision_accuracy: {min_difference: 0.0, min: 0.55}
     token_f1:          {not_worse_by: 0.02}
-    rouge_l:           {not_worse_than_served: 0.01}
+    rouge_l:           {not_clearly_worse: true, optional: true}
+    macro_f1:          {not_worse_than_served: 0.01}
     contamination:     none            # or the largest share of held-out rows that may be flagged
     min_rows:          100             # fewest held-out rows behind the loss
 
@@ -15,8 +16,11 @@ For a metric (loss, perplexity, token_f1, rouge_l, decision_accuracy, macro_f1, 
                            bound at that level is above 0
     min_difference         the improvement is at least this (in the metric's good direction; a bound with `confidence`)
     not_worse_by           the improvement is at least minus this (a bound with `confidence`)
+    not_clearly_worse      the 95 % interval of the difference is not wholly on the bad side: for few rows, where a margin would be
+                           passed or failed by chance
     not_worse_than_served  the tuned model is at most this much worse than the model that is served now, on the same held-out rows
     min, max               limits of the tuned model's value
+    optional               passes where the report does not have the metric at all (no decisions in the data, no answers generated)
 
 A pure function of documents: no torch, usable where only PyYAML is installed (`make promote`).
 """
@@ -34,7 +38,8 @@ from trainer.errors import UserError
 DEFAULT = Path(__file__).with_name("gate.yaml")
 """The gate that the report is judged by where no other is given."""
 
-_METRIC_KEYS = ("better_than_base", "confidence", "min_difference", "not_worse_by", "not_worse_than_served", "min", "max")
+_METRIC_KEYS = ("better_than_base", "confidence", "min_difference", "not_worse_by", "not_clearly_worse", "not_worse_than_served", "min",
+                "max", "optional")
 _OTHER_KEYS = ("contamination", "min_rows")
 
 
@@ -61,7 +66,7 @@ def check_gate(gate: Any, where: str = "gate") -> dict[str, Any]:
             for key, value in entry.items():
                 place = f"{name}.{key}"
                 check(key in _METRIC_KEYS, place, value, f"Unknown; a metric has {', '.join(_METRIC_KEYS)}.")
-                if key == "better_than_base":
+                if key in ("better_than_base", "not_clearly_worse", "optional"):
                     check(value is True, place, value, "Give true, or leave the entry out.")
                 elif key == "confidence":
                     check(_number(value) and 0.5 < value < 1, place, value, "Give a level above 0.5 and below 1, for example 0.95.")
@@ -69,7 +74,7 @@ def check_gate(gate: Any, where: str = "gate") -> dict[str, Any]:
                           "It goes with better_than_base, min_difference or not_worse_by.")
                 else:
                     check(_number(value), place, value, "Give a number.")
-                    check(not key.startswith("not_worse") or value >= 0, place, value, "Give 0 or a positive margin.")
+                    check(not key.startswith("not_worse_") or value >= 0, place, value, "Give 0 or a positive margin.")
     return gate
 
 
@@ -88,6 +93,8 @@ def _text(value: float) -> str:
 
 def _metric(name: str, entry: dict[str, Any], report: dict[str, Any], served: dict[str, Any] | None) -> list[tuple[bool, str]]:
     """(passed, reason) for each threshold of one metric."""
+    if entry.get("optional") and name not in report.get("difference", {}):
+        return [(True, f"{name}: not evaluated, and optional")]
     tuned, difference = report.get("tuned", {}).get(name), report.get("difference", {}).get(name)
     if not _number(tuned) or not isinstance(difference, dict) or not _number(difference.get("mean")):
         return [(False, f"{name}: the report has no such figure (not evaluated, no rows for it, or not a finite number)")]
@@ -106,6 +113,12 @@ def _metric(name: str, entry: dict[str, Any], report: dict[str, Any], served: di
         results.append((gain >= least, f"{name}: {improved}; needed: at least {_text(least)}"))
     if (margin := entry.get("not_worse_by")) is not None:
         results.append((gain >= -margin, f"{name}: {improved}; needed: at least {_text(-margin)}"))
+    if entry.get("not_clearly_worse"):
+        ends = [sign * v for v in (difference.get("low"), difference.get("high")) if _number(v)]
+        interval = " to ".join(_text(v) for v in sorted(ends))
+        mean = _text(sign * difference["mean"])
+        results.append((len(ends) == 2 and max(ends) >= 0, f"{name}: improves by {mean} on average (95 % interval {interval}, "
+                        f"{difference['rows']} rows); needed: an interval that is not wholly below 0"))
     if (least := entry.get("min")) is not None:
         results.append((tuned >= least, f"{name}: tuned {_text(tuned)}; needed: at least {_text(least)}"))
     if (most := entry.get("max")) is not None:

@@ -237,3 +237,4 @@ def _require_async_io() -> None:
 
     if not AsyncIOBuilder().is_compatible(verbose=False):
         raise ConfigError("run.engine.offload", "nvme", "DeepSpeed's asynchronous I/O needs libaio in the image; use cpu.")
+    raise ConfigError("run.engine.offload", "nvme", "Checkpoints cannot read state that lies on NVMe yet; use cpu.")

@@ -102,6 +102,8 @@ def main(url: str, shots: Path) -> None:
         phone.wait_for_timeout(800)
         phone.screenshot(path=shots / "phone.png")
         seen["phone_width"] = phone.evaluate("document.documentElement.scrollWidth")
+        seen["phone_right"] = max(phone.locator(part).bounding_box()["x"] + phone.locator(part).bounding_box()["width"]
+                                  for part in ("#left", "#box", ".notice", ".facts >> nth=0"))
         seen["phone_answer"] = text(phone)
         seen["dark"] = phone.evaluate("getComputedStyle(document.body).backgroundColor")
         browser.close()

@@ -78,3 +78,20 @@ def test_names_that_are_no_adapter_are_refused() -> None:
     with pytest.raises(UserError, match="no part of an adapter"):
         merge_adapters(load_model(make_config(), tokens=VOCABULARY), MethodConfig(kind="lora"), ["model.norm.weight"],
                        lambda name: torch.zeros(1))
+
+
+def test_quantised_layers_train_adapters(toy_rows: Path) -> None:
+    """QLoRA's model on the CPU (bitsandbytes' reference kernels; the trainer itself asks for GPUs): 4-bit layers stay as they are."""
+    from tests.trainer.engine_cases import ARCHITECTURE
+    from trainer.engines.replicated import ReplicatedEngine
+
+    config = make_config(method="qlora", model={"architecture": {**ARCHITECTURE, "hidden_size": 64, "intermediate_size": 128}})
+    engine = ReplicatedEngine(config, VOCABULARY + 3, CPU, 0, 1)
+    layers = [m for n, m in engine.model.named_modules() if n.endswith(".base_layer")]
+    assert len(layers) == 14 and all(m.weight.dtype == torch.uint8 for m in layers)
+    packed = [m.weight.clone() for m in layers]
+    curve = train(engine, TokenShards(toy_rows, "train"), 0, 4)
+    assert curve[-1][0] < curve[0][0] - 0.3
+    assert all(torch.equal(m.weight, p) for m, p in zip(layers, packed, strict=True))
+    names = {p.name.split("/", 1)[1] for p in engine.pieces()}
+    assert len(names) == 30 and "model.layers.1.mlp.down_proj.lora_B.weight" in names and "lm_head.new_rows" in names

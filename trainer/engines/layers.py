@@ -42,6 +42,8 @@ def prepare_layers(model: nn.Module, engine: EngineConfig, checkpointing: Checkp
         torch._dynamo.config.automatic_dynamic_shapes = False
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         torch._functorch.config.activation_memory_budget = checkpointing.budget if checkpointing.mode == "selective" else 1.0
+        norm = model.model.norm  # type: ignore[union-attr]
+        norm.forward = torch.compile(norm.forward, fullgraph=True, dynamic=False)  # type: ignore[union-attr, method-assign, assignment]
     for index, layer in enumerate(decoder_layers(model)):
         forward = layer.forward
         if compiled:

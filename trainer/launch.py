@@ -25,6 +25,7 @@ os.environ.setdefault("RAY_COLOR_PREFIX", "0")
 import ray
 import ray.train
 from ray.train.backend import Backend, BackendConfig
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy
 from ray.train.v2._internal.execution.failure_handling.failure_policy import FailureDecision
@@ -40,6 +41,9 @@ from trainer.paths import RunPaths
 from trainer.train.progress import Follower, Progress
 
 log = logging.getLogger(__name__)
+
+QUIET = {"env_vars": {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}}
+"""Environment of tasks and workers: a progress bar's redrawn lines are noise in the driver's log, which shows progress.json."""
 
 GROUP_TIMEOUT_S = 1800
 """Longest that a worker waits for the others in one collective operation (the first step compiles)."""
@@ -103,11 +107,7 @@ def _worker(job: dict[str, Any]) -> dict[str, Any]:
     rank = context.get_world_rank()
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(levelname).1s %(message)s", force=True)
     logging.getLogger("ray.train").setLevel(logging.WARNING)
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     try:
-        from transformers.utils.logging import disable_progress_bar
-
-        disable_progress_bar()  # a bar's redrawn lines are noise in the driver's log
         config = stages.from_document(job["config"])
         if config.resources.gpus_per_worker:
             from ray.train.torch import get_device
@@ -145,7 +145,11 @@ def describe(error: BaseException) -> str:
     failures: dict[int, BaseException] = getattr(error, "worker_failures", {})
     parts = []
     for rank, failure in sorted(failures.items()):
-        base = getattr(failure, "_base_exc", failure)
+        base = getattr(failure, "_base_exc", None) or getattr(failure, "health_check_failure", failure)
+        if "OutOfMemory" in type(base).__name__ or "memory pressure" in str(base) or "(OOM)" in str(base):
+            parts.append(f"worker {rank} was killed because its node ran out of memory; `python -m trainer plan` says what the run needs, "
+                         "raise the worker's memory or lower run.train.micro_batch_tokens")
+            continue
         lines = [line.strip() for line in str(base).splitlines() if line.strip()]
         parts.append(f"worker {rank}: {type(base).__name__}: {lines[0] if lines else ''}")
     return "; ".join(parts) or str(error).splitlines()[0]
@@ -166,7 +170,7 @@ class FailurePolicy(DefaultFailurePolicy):
         decision = super().make_decision(training_failed_error)
         if preempted and decision == FailureDecision.RETRY:
             self._worker_group_failures = before
-        count = "" if preempted else f" ({self._worker_group_failures} of {self.failure_config.max_failures} losses)"
+        count = "" if preempted else f" (loss {self._worker_group_failures}, at most {self.failure_config.max_failures} are mended)"
         print(f"The workers stopped{count}: {describe(training_failed_error)}. "
               + ("Starting again from the last checkpoint." if decision == FailureDecision.RETRY else "Giving up."), flush=True)
         return decision
@@ -195,9 +199,11 @@ class Trainer(DataParallelTrainer):
         return super()._initialize_and_run_controller(**{**arguments, **own})
 
     def _create_default_callbacks(self) -> list[Any]:
-        """Without the placement group cleaner: the group ends with the job, and the cleaner does not find its cluster if several Ray
-        instances run on one machine (`make try` beside `make up`)."""
-        return [c for c in super()._create_default_callbacks() if not isinstance(c, PlacementGroupCleanerCallback)]
+        """Without the manager of Ray Datasets (an actor of 200 MB; there are none), and without the placement group cleaner: the group
+        ends with the job, and the cleaner does not find its cluster if several Ray instances run on one machine (`make try` beside
+        `make up`)."""
+        unused = (DatasetsCallback, PlacementGroupCleanerCallback)
+        return [c for c in super()._create_default_callbacks() if not isinstance(c, unused)]
 
 
 def connect(config: Config) -> None:
@@ -257,8 +263,13 @@ def prepare(config: Config) -> None:
     """The dataset, in a task on a worker node (the driver's node has no CPUs and little memory)."""
     largest = max(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"])
     cpus = min(config.resources.prepare_cpus, largest)
-    task = ray.remote(_prepare).options(num_cpus=cpus, max_retries=3, name="prepare")
-    ray.get(task.remote(to_dict(config)))
+    task = ray.remote(_prepare).options(num_cpus=cpus, max_retries=3, name="prepare", runtime_env=QUIET)
+    try:
+        ray.get(task.remote(to_dict(config)))
+    except ray.exceptions.RayTaskError as error:  # its own text is the worker's traceback
+        if isinstance(error.cause, UserError):
+            raise UserError(str(error.cause)) from None
+        raise
 
 
 def _prepare(document: dict[str, Any]) -> None:
@@ -278,7 +289,7 @@ def fit(config: Config, names: Sequence[str]) -> Any:
                                       use_gpu=bool(resources.gpus_per_worker), resources_per_worker=needs(config))
     run = ray.train.RunConfig(name=config.run_id, storage_path=str(paths.ray),
                               failure_config=ray.train.FailureConfig(max_failures=resources.max_failures),
-                              logging_config=LoggingConfig(log_level="ERROR"))
+                              worker_runtime_env=QUIET, logging_config=LoggingConfig(log_level="ERROR"))
     trainer = Trainer(_worker, train_loop_config={"config": to_dict(config), "stages": list(names)},
                       backend_config=ProcessGroup(bool(resources.gpus_per_worker)), scaling_config=scaling, run_config=run)
     try:

@@ -84,7 +84,7 @@ def test_ranges_and_types(tmp_path, dtype):
         buffer = torch.empty(layout.size, dtype=torch.uint8)
         for i, entry in layout.entries:
             layout.view(buffer, entry).copy_(pieces[i].tensor)
-        size, digest = tensors.write(tmp_path / "step-1" / f"rank-{rank:05d}.safetensors", layout.header, buffer)
+        size, digest = tensors.write(tmp_path / "step-1" / f"rank-{rank:05d}.safetensors", layout.header, [buffer])
         files[f"rank-{rank:05d}.safetensors"] = {"size": size, "sha256": digest.hex()}
     (tmp_path / "step-1" / "state.json").write_text('{"step": 1}')
     (tmp_path / "step-1" / "manifest.json").write_text(json.dumps({"files": files}))
@@ -135,6 +135,40 @@ def test_host_buffer_is_reused(tmp_path):
     assert len(places) == 1
 
 
+def test_without_room_for_a_copy_the_update_waits_for_the_file(tmp_path, monkeypatch):
+    import threading
+
+    engine = tiny.TinyEngine(1, 0, 1)
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig(), "d", engine)
+    monkeypatch.setattr(saver, "host_memory_free", lambda: 0)
+    write, go = tensors.write, threading.Event()
+    monkeypatch.setattr(saver.tensors, "write", lambda *a: (go.wait(10), write(*a))[1])
+    before = [t.clone() for _, t in engine._state()]
+    checkpointer.save(1, STATE)
+    updated = []
+    thread = threading.Thread(target=lambda: (checkpointer.before_update(), [t.fill_(-1.0) for _, t in engine._state()], updated.append(1)))
+    thread.start()
+    thread.join(0.3)
+    assert not updated
+    go.set()
+    thread.join(10)
+    checkpointer.wait()
+    assert updated and checkpointer._buffer.numel() == 0
+    _, other = restored(tmp_path)
+    assert all(torch.equal(a, b) for a, (_, b) in zip(before, other._state(), strict=True))
+
+
+def test_memory_of_the_container_is_the_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(saver, "CGROUP", tmp_path)
+    assert saver.host_memory_free() > 1 << 20
+    (tmp_path / "memory.max").write_text("max\n")
+    assert saver.host_memory_free() > 1 << 20
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("900\n")
+    (tmp_path / "memory.stat").write_text("anon 700\ninactive_file 150\n")
+    assert saver.host_memory_free() == 250
+
+
 def damage_truncate(path):
     os.truncate(path / "rank-00000.safetensors", (path / "rank-00000.safetensors").stat().st_size // 2)
 
@@ -181,7 +215,7 @@ def test_broken_checkpoint_is_passed_over_with_a_warning(tmp_path, caplog, damag
     save(tmp_path, 1, 2)
     damage(tmp_path / "step-2")
     state, engine = restored(tmp_path)
-    assert state["step"] == 1 and float(next(engine.model.parameters())[0, 0]) == 1.0
+    assert state["step"] == 1 and float(next(engine.model.parameters()).detach()[0, 0]) == 1.0
     assert any("step-2" in r.message and "passed over" in r.message for r in caplog.records if r.levelname == "WARNING")
 
 

@@ -41,9 +41,17 @@ def test_losses_are_counted_and_said_in_one_line(capsys):
     decisions = [policy.make_decision(lost(r1=RuntimeError("connection closed\nby peer"))) for _ in range(3)]
     assert decisions == [FailureDecision.RETRY, FailureDecision.RETRY, FailureDecision.RAISE]
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == ("The workers stopped (1 of 2 losses): worker 1: RuntimeError: connection closed. "
+    assert lines[0] == ("The workers stopped (loss 1, at most 2 are mended): worker 1: RuntimeError: connection closed. "
                         "Starting again from the last checkpoint.")
     assert len(lines) == 3 and lines[2].endswith("Giving up.")
+
+
+def test_out_of_memory_is_named_with_the_remedy():
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+
+    killed = WorkerHealthCheckFailedError("A worker health check failed.", ray.exceptions.OutOfMemoryError("Task was killed"))
+    text = launch.describe(WorkerGroupError("x", {1: killed, 0: UserExceptionWithTraceback(RuntimeError("connection reset"), "t")}))
+    assert "worker 1 was killed because its node ran out of memory" in text and "trainer plan" in text and "worker 0: RuntimeError" in text
 
 
 def test_preemption_does_not_count():
@@ -87,14 +95,15 @@ ROWS = 120
 
 def storage(directory: Path) -> Path:
     """A storage with a tokenizer of the model's own and a dataset, made without the network; returns the configuration file."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     words = [f"w{i}" for i in range(200)]
-    special = ["<unk>", "<s>", "</s>"]
-    tokenizer = Tokenizer(models.WordLevel({t: i for i, t in enumerate([*special, *words, "yes", "no", "maybe"])}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>").save_pretrained(
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.train_from_iterator([" ".join(words)], trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>").save_pretrained(
         directory / "model")
     with open(directory / "rows.jsonl", "w", encoding="utf-8") as file:
         for i in range(ROWS):
@@ -104,11 +113,11 @@ def storage(directory: Path) -> Path:
     path = directory / "config.yaml"
     path.write_text(json.dumps({
         "storage": str(directory), "resources": {"workers": 2, "cpus_per_worker": 1},
-        "run": {"name": "faults", "data": {"path": "rows.jsonl", "max_tokens": 64, "context": False, "near_duplicates": 1},
+        "run": {"name": "faults", "data": {"path": "rows.jsonl", "max_tokens": 256, "context": False, "near_duplicates": 1},
                 "model": {"path": "model", "dtype": "float32", "architecture": {
                     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
-                    "max_position_embeddings": 128}},
-                "train": {"epochs": 60, "tokens_per_step": 512, "micro_batch_tokens": 256, "learning_rate": 1e-3, "eval_every": 100},
+                    "max_position_embeddings": 512}},
+                "train": {"epochs": 40, "tokens_per_step": 2048, "micro_batch_tokens": 1024, "learning_rate": 1e-3, "eval_every": 100},
                 "engine": {"kind": "fsdp", "checkpointing": "none", "compile": False}, "checkpoint": {"every_steps": 20},
                 "evaluation": {"rows": 8, "generate_rows": 2, "max_new_tokens": 4, "samples": 2}, "export": {"dtype": "float32"}}}))
     return path
@@ -126,6 +135,17 @@ def workers_of(driver: int) -> list[int]:
     import psutil
 
     return [p.pid for p in psutil.Process(driver).children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_errors_of_a_task_are_one_message(tmp_path):
+    path = storage(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"id": "1", "question": "", "answer": ""}\n')
+    process = start(path, "faults-empty")
+    text = process.communicate(timeout=600)[0]
+    error = [line for line in text.splitlines() if line.startswith("Error: ")]
+    assert process.returncode == 2 and len(error) == 1 and "Traceback" not in text and "ray::" not in error[0], text
 
 
 @pytest.mark.slow

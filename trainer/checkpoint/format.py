@@ -91,16 +91,17 @@ class Layout:
         return buffer[entry.offset:entry.offset + entry.count * entry.dtype.itemsize].view(entry.dtype)
 
 
-def write(path: Path, header: bytes, buffer: torch.Tensor) -> tuple[int, bytes]:
-    """Write header and buffer (CPU, uint8) to a new file and sync it. Returns its size and sha256 digest. Raises OSError.
+def write(path: Path, header: bytes, parts: Sequence[torch.Tensor]) -> tuple[int, bytes]:
+    """Write header and parts (CPU, uint8, one after another) to a new file and sync it. Returns its size and sha256 digest. Raises OSError.
 
     The pages are dropped from the page cache afterwards: a checkpoint is read seldom, and the cache is better used for the shards.
     """
     digest = hashlib.sha256()
-    data = memoryview(buffer.numpy()) if buffer.numel() else memoryview(b"")
+    size = 0
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     try:
-        for part in (memoryview(header), data):
+        for part in (memoryview(header), *(memoryview(p.numpy()) for p in parts if p.numel())):
+            size += len(part)
             for at in range(0, len(part), BLOCK):
                 block = part[at:at + BLOCK]
                 digest.update(block)
@@ -111,7 +112,7 @@ def write(path: Path, header: bytes, buffer: torch.Tensor) -> tuple[int, bytes]:
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)
-    return len(header) + len(data), digest.digest()
+    return size, digest.digest()
 
 
 class TensorFile:

@@ -1,13 +1,15 @@
 """Saving while training goes on, and restoring.
 
 A save copies this rank's pieces into one reused host buffer (pinned, on a stream of its own, if they lie on a GPU) and returns; a
-background thread writes and syncs the rank's file. The threads then tell each other how it went, over a group of their own, and rank 0
+background thread writes and syncs the rank's file. Where the pieces lie in host memory and there is no room for a second copy, they
+are written from where they are, and the next update waits for that. The threads then tell each other how it went, over a group of their own, and rank 0
 writes state and manifest and renames the temporary directory. Until the rename nothing is visible under the checkpoint's name; after a
 failure on any rank the temporary directory is removed and the older checkpoints stay as they are.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
@@ -39,6 +41,8 @@ OK, NO_ROOM, FAILED = 0, 1, 2
 """How a rank's part of a save went."""
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+CGROUP = Path("/sys/fs/cgroup")
 
 SPARE = 64 << 20
 """Bytes that a save leaves free on the storage, for metrics, progress and the manifest."""
@@ -116,38 +120,43 @@ class Checkpointer:
         began = time.monotonic()
         size = 0
         try:
-            try:
-                layout = Layout(pieces, {"step": str(step), "rank": str(self._ranks.rank)})
-                self._copy(layout, pieces, ready)
-                size = layout.size
-            finally:
-                self._copied.set()
-            saved, message = self._write(step, layout, state)
+            layout = Layout(pieces, {"step": str(step), "rank": str(self._ranks.rank)})
+            size = layout.size
+            parts = self._copy(layout, pieces, ready)
+            saved, message = self._write(step, layout, parts, state)
         except Exception as error:  # a lost rank, or a fault of this code: the loop hears of it as of any failed save
             log.exception("Saving step %d failed", step)
             saved, message = False, f"{type(error).__name__}: {error}"
+        finally:
+            self._copied.set()
         self._outcomes.append(Outcome(step, saved, message, size, time.monotonic() - began))
 
-    def _copy(self, layout: Layout, pieces: Sequence[Piece], ready: torch.cuda.Event | None) -> None:
-        """Copy the pieces into the host buffer; returns when they are there. `before_update` may go on earlier, on the stream."""
+    def _copy(self, layout: Layout, pieces: Sequence[Piece], ready: torch.cuda.Event | None) -> list[torch.Tensor]:
+        """The pieces' bytes in the layout's order: in the host buffer, or where they are. Returns when they are there.
+
+        `before_update` may go on as soon as the copies are made (on a GPU: issued), or, without a buffer, when the file is written.
+        """
+        tensors_ = {i: pieces[i].tensor.detach() for i, _ in layout.entries}
+        on_gpu = any(t.is_cuda for t in tensors_.values())
         if self._buffer.numel() != layout.size:
             self._buffer = torch.empty(0, dtype=torch.uint8)
-            self._buffer = torch.empty(layout.size, dtype=torch.uint8, pin_memory=self._stream is not None)
-        if self._stream is None:
+            if on_gpu or host_memory_free() > 2 * layout.size + SPARE:
+                self._buffer = torch.empty(layout.size, dtype=torch.uint8, pin_memory=on_gpu)
+        if self._buffer.numel() != layout.size:
+            return [tensors_[i].contiguous().view(torch.uint8) for i, _ in layout.entries]
+        with torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext():
+            if self._stream is not None and ready is not None:
+                self._stream.wait_event(ready)
             for i, entry in layout.entries:
-                layout.view(self._buffer, entry).copy_(pieces[i].tensor.detach())
-            return
-        with torch.cuda.stream(self._stream):
-            assert ready is not None
-            self._stream.wait_event(ready)
-            for i, entry in layout.entries:
-                layout.view(self._buffer, entry).copy_(pieces[i].tensor.detach(), non_blocking=True)
-            copied = self._stream.record_event()
+                layout.view(self._buffer, entry).copy_(tensors_[i], non_blocking=True)
+            copied = self._stream.record_event() if self._stream is not None else None
         self._copied_event = copied
         self._copied.set()
-        copied.synchronize()
+        if copied is not None:
+            copied.synchronize()
+        return [self._buffer]
 
-    def _write(self, step: int, layout: Layout, state: dict[str, Any]) -> tuple[bool, str]:
+    def _write(self, step: int, layout: Layout, data: list[torch.Tensor], state: dict[str, Any]) -> tuple[bool, str]:
         ranks = self._ranks
         temporary = self.directory / f".step-{step}.{self._attempt}"
         name = f"rank-{ranks.rank:05d}.safetensors"
@@ -158,7 +167,8 @@ class Checkpointer:
             free = shutil.disk_usage(temporary).free
             if free < total + SPARE:
                 raise OSError(errno.ENOSPC, f"{total / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB free")
-            written, digest = tensors.write(temporary / name, layout.header, self._buffer)
+            written, digest = tensors.write(temporary / name, layout.header, data)
+            self._copied.set()
         except OSError as error:
             status, why = NO_ROOM if error.errno in FULL else FAILED, str(error)
             log.warning("Rank %d could not save step %d: %s", ranks.rank, step, error)
@@ -197,6 +207,23 @@ class Checkpointer:
         os.rename(temporary, target)
         sync_directory(self.directory)
         store.retain(self.directory, self.config)
+
+
+def host_memory_free() -> int:
+    """Bytes of memory that this process may still take: of the machine, and of its container (cgroup 1 or 2)."""
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    for limit, usage, stat, cache in (("memory.max", "memory.current", "memory.stat", "inactive_file"),
+                                      ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat",
+                                       "total_inactive_file")):
+        try:
+            top = int((CGROUP / limit).read_text(encoding="ascii"))
+            fields = dict(line.split() for line in (CGROUP / stat).read_text(encoding="ascii").splitlines())
+            free = min(free, top - int((CGROUP / usage).read_text(encoding="ascii")) + int(fields.get(cache, 0)))
+        except (OSError, ValueError):  # no such version of cgroups, or no limit ("max")
+            continue
+    return free
 
 
 def restore(directory: Path, config_sha256: str, engine: Engine, ranks: Ranks) -> dict[str, Any] | None:

@@ -39,6 +39,8 @@ class Run:
     """KubeRay's deployment status: Initializing, Running, Complete, Failed, ..."""
     job: str
     """Ray's job status: PENDING, RUNNING, SUCCEEDED, FAILED."""
+    created: float
+    """Unix time."""
     message: str = ""
     progress: dict[str, Any] = field(default_factory=dict)
 
@@ -117,7 +119,7 @@ def runs(api: client.ApiClient, environment: str, layout: Layout) -> list[Run]:
         raise
     found.sort(key=lambda job: job["metadata"]["creationTimestamp"], reverse=True)
     return [Run(name := job["metadata"]["name"], (status := job.get("status", {})).get("jobDeploymentStatus", ""),
-                status.get("jobStatus", ""), status.get("message", "") or status.get("reason", ""), _progress(layout, name))
+                status.get("jobStatus", ""), _unix(job["metadata"]["creationTimestamp"]), status.get("message", "") or status.get("reason", ""), _progress(layout, name))
             for job in found]
 
 

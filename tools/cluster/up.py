@@ -34,6 +34,7 @@ class Up:
 
     def __init__(self, layout: Layout, settings: Settings) -> None:
         self.layout, self.settings = layout, settings
+        self.began = time.time()
         self.builder: images.Builder | None = None
         self.digests: dict[str, str] = {}
         self.repository = f"{settings.registry}/node"
@@ -180,6 +181,7 @@ class Up:
         expected = self.expected_run()
         while True:
             state = status.environment(api, ENVIRONMENT, self.layout)
+            self._drop_half_seen(api, expected)
             if state.run is None or state.run.name != expected:
                 # Argo CD has not seen the newest commit or image yet: what it shows is about the run before.
                 state = dataclasses.replace(state, run=None)
@@ -193,6 +195,15 @@ class Up:
                 raise OperatorError(f"The run has not ended within {clock(RUN_TIMEOUT)}: {state.line()}. See `make status`.")
             time.sleep(1.0)
         return waited
+
+    def _drop_half_seen(self, api: client.ApiClient, expected: str) -> None:
+        """New images and a new commit reach Argo CD a moment apart, and what it makes of one without the other is a run that nobody
+        asked for: remove it if it was made since this `make up` began and has not ended."""
+        jobs = client.CustomObjectsApi(api)
+        namespace = status.namespace(ENVIRONMENT)
+        for run in status.runs(api, ENVIRONMENT, self.layout):
+            if run.name != expected and run.created > self.began and run.job not in ("SUCCEEDED", "FAILED", "STOPPED"):
+                jobs.delete_namespaced_custom_object(*status.RAY, namespace, "rayjobs", run.name)
 
     def expected_run(self) -> str:
         """Id of the run that the deployed commit asks for with this machine's images."""

@@ -34,7 +34,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     for name, text in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)
         if name != "schema":
-            command.add_argument("--config", required=True, metavar="FILE|env:NAME", help="YAML file, or an environment variable that holds it")
+            command.add_argument("--config", required=True, metavar="FILE|env:NAME",
+                                 help="YAML file, or an environment variable that holds it")
             command.add_argument("--storage", metavar="DIR", help="shared storage (default: the file's `storage`)")
             command.add_argument("--id", metavar="ID", help="name of the run directory (default: the file's `id`, else run.name)")
     return parser.parse_args(argv)

@@ -30,8 +30,9 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy
 from ray.train.v2._internal.execution.failure_handling.failure_policy import FailureDecision
 from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
-from ray.train.v2.api.config import LoggingConfig
+from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError
 
 from trainer import stages
 from trainer.config import Config, to_dict
@@ -91,7 +92,8 @@ def _join(address: str, port: int, gpus: bool) -> None:
     from trainer.train import stop
 
     context = ray.train.get_context()
-    os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port), RANK=str(context.get_world_rank()), WORLD_SIZE=str(context.get_world_size()),
+    os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port),
+                      RANK=str(context.get_world_rank()), WORLD_SIZE=str(context.get_world_size()),
                       LOCAL_RANK=str(context.get_local_rank()), LOCAL_WORLD_SIZE=str(context.get_local_world_size()),
                       NODE_RANK=str(context.get_node_rank()))
     stop.install()
@@ -193,9 +195,11 @@ class Trainer(DataParallelTrainer):
     """Ray Train's trainer with this module's policies, and without helper actors that a run of one job does not need."""
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
-        own: dict[str, Any] = {"failure_policy": FailurePolicy(self.run_config.failure_config)}
-        if not self.scaling_config.elasticity_enabled:
-            own["scaling_policy"] = FixedSize(self.scaling_config)
+        scaling: Any = self.scaling_config
+        failures: Any = self.run_config.failure_config
+        own: dict[str, Any] = {"failure_policy": FailurePolicy(failures)}
+        if not scaling.elasticity_enabled:
+            own["scaling_policy"] = FixedSize(scaling)
         return super()._initialize_and_run_controller(**{**arguments, **own})
 
     def _create_default_callbacks(self) -> list[Any]:
@@ -285,16 +289,16 @@ def fit(config: Config, names: Sequence[str]) -> Any:
     resources = config.resources
     paths = RunPaths.of(config)
     elastic = 0 < resources.min_workers < resources.workers
-    scaling = ray.train.ScalingConfig(num_workers=(resources.min_workers, resources.workers) if elastic else resources.workers,
+    scaling = ScalingConfig(num_workers=(resources.min_workers, resources.workers) if elastic else resources.workers,
                                       use_gpu=bool(resources.gpus_per_worker), resources_per_worker=needs(config))
-    run = ray.train.RunConfig(name=config.run_id, storage_path=str(paths.ray),
-                              failure_config=ray.train.FailureConfig(max_failures=resources.max_failures),
+    run: Any = RunConfig(name=config.run_id, storage_path=str(paths.ray),
+                              failure_config=FailureConfig(max_failures=resources.max_failures),
                               worker_runtime_env=QUIET, logging_config=LoggingConfig(log_level="ERROR"))
     trainer = Trainer(_worker, train_loop_config={"config": to_dict(config), "stages": list(names)},
                       backend_config=ProcessGroup(bool(resources.gpus_per_worker)), scaling_config=scaling, run_config=run)
     try:
         return trainer.fit()
-    except ray.train.v2.api.exceptions.TrainingFailedError as error:
+    except TrainingFailedError as error:
         if (cause := user_error(error)) is not None:
             raise UserError(str(cause)) from None
         raise
@@ -308,7 +312,8 @@ def run(config: Config) -> dict[str, Any]:
         if (report := stages.finished(paths)) is not None:
             return report
     if not Path(config.storage).is_dir():
-        raise UserError(f"storage: {config.storage} does not exist. Mount the shared storage there, or give another directory with --storage.")
+        raise UserError(f"storage: {config.storage} does not exist. Mount the shared storage there, or give another directory with "
+                        "--storage.")
     with Lock(paths.lock, lost=_lost):
         stages.write_run(config, paths)
         Progress(paths.progress).update("prepare", 0.0, "starting")

@@ -24,7 +24,7 @@ from trainer.files import sync_directory, write_json
 log = logging.getLogger(__name__)
 
 
-class Held(UserError):
+class Held(UserError):  # noqa: N818
     """Another process works on the run."""
 
     def __init__(self, run: str, holder: str) -> None:
@@ -154,7 +154,8 @@ class Lock:
                         return
                     continue
                 if late:
-                    log.warning("The lock was not renewed for %.0f s; the storage or this process stood still.", time.monotonic() - self._renewed)
+                    log.warning("The lock was not renewed for %.0f s; the storage or this process stood still.",
+                                time.monotonic() - self._renewed)
                 write_json(self._path, self._document())
                 self._renewed = time.monotonic()
             except OSError as error:

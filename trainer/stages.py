@@ -51,8 +51,9 @@ def write_run(config: Config, paths: RunPaths) -> None:
             raise UserError(f"{paths.config} is not readable ({error}). Remove it to let the run go on.") from None
         if known == to_dict(config.run):
             return
-        raise UserError(f"{paths.root} belongs to a run with other inputs; different: {', '.join(_differences(known, to_dict(config.run)))}. "
-                        "Give the changed run another name or id, or remove that directory.")
+        different = ", ".join(_differences(known, to_dict(config.run)))
+        raise UserError(f"{paths.root} belongs to a run with other inputs; different: {different}. Give the changed run another name "
+                        "or id, or remove that directory.")
     paths.root.mkdir(parents=True, exist_ok=True)
     write_atomic(paths.config, f"# Resolved configuration of this run. sha256 of its run part (canonical JSON): {digest}\n"
                  + yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -64,7 +65,7 @@ def test_files_are_plain_safetensors(tmp_path):
 
 def test_no_module_of_the_format_can_unpickle():
     for module in (tensors, saver, store):
-        source = open(module.__file__, encoding="utf-8").read()
+        source = Path(module.__file__).read_text(encoding="utf-8")
         assert "pickle" not in source and "torch.load" not in source
 
 
@@ -313,8 +314,6 @@ def test_reader_refuses_gaps_and_foreign_files(tmp_path):
 
 def case_save(rank, world, directory, fail_rank=-1):
     """In a rank's process: save an engine whose state is a function of its seed."""
-    from pathlib import Path
-
     engine = tiny.TinyEngine(7, rank, world)
     checkpointer = Checkpointer(Path(directory), CheckpointConfig(), "d", engine)
     write = tensors.write
@@ -332,8 +331,6 @@ def case_save(rank, world, directory, fail_rank=-1):
 
 
 def case_restore(rank, world, directory):
-    from pathlib import Path
-
     engine = tiny.TinyEngine(8, rank, world)
     state = restore(Path(directory), "d", engine, Ranks())
     return (state or {}).get("step"), [t.numpy() for _, t in engine._state()]

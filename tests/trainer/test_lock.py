@@ -43,7 +43,8 @@ def test_stale_lease_is_taken_over(tmp_path):
 
 def test_dead_process_of_this_host_is_replaced_at_once(tmp_path):
     path = tmp_path / "lock.json"
-    code = f"import os; from pathlib import Path; from trainer.lock import Lock; Lock(Path({str(path)!r}), 'killed', 60).__enter__(); os._exit(1)"
+    code = ("import os; from pathlib import Path; from trainer.lock import Lock; "
+            f"Lock(Path({str(path)!r}), 'killed', 60).__enter__(); os._exit(1)")
     subprocess.run([sys.executable, "-c", code], check=False)
     assert json.loads(path.read_text())["holder"] == "killed"
     began = time.monotonic()

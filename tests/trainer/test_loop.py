@@ -107,7 +107,7 @@ def test_loss_that_is_not_a_number_stops_the_run_and_is_not_saved(settings):
         if step == 6:
             next(engine.model.parameters()).data[:] = math.nan
 
-    with pytest.raises(UserError, match="loss of step 7 is not a number. Lower run.train.learning_rate"):
+    with pytest.raises(UserError, match=r"loss of step 7 is not a number\. Lower run.train.learning_rate"):
         tiny.run(config, engine=engine, at_step=poison)
     assert store.newest(RunPaths.of(config).checkpoints).step <= 6
 

@@ -62,7 +62,8 @@ class TinyEngine(Engine):
         with torch.no_grad():  # Adam by hand: torch.optim imports its compiler, seconds in each process
             for name, p in self.model.named_parameters():
                 gradient = p.grad / torch.clamp(norm, min=1.0)
-                first, second = self.moments["exp_avg"][name].lerp_(gradient, 0.1), self.moments["exp_avg_sq"][name].lerp_(gradient ** 2, 0.01)
+                first = self.moments["exp_avg"][name].lerp_(gradient, 0.1)
+                second = self.moments["exp_avg_sq"][name].lerp_(gradient ** 2, 0.01)
                 p -= learning_rate * first / (1 - 0.9 ** self.updates) / (torch.sqrt(second / (1 - 0.99 ** self.updates)) + 1e-8)
                 p.grad = None
         return norm
@@ -115,8 +116,9 @@ def write_rows(directory: Path, train: int = 120, test: int = 24) -> None:
         write_shard(directory / f"{split}-00000.safetensors", rows, [1] * count, 0, MAX_TOKENS)
 
 
-def run(settings: Config, *, rank: int = 0, world: int = 1, die_at: int = 0, terminate_at: int = 0, at_step: Callable[[int], None] | None = None,
-        engine: TinyEngine | None = None, stop: threading.Event | None = None) -> dict[str, Any]:
+def run(settings: Config, *, rank: int = 0, world: int = 1, die_at: int = 0, terminate_at: int = 0,
+        at_step: Callable[[int], None] | None = None, engine: TinyEngine | None = None,
+        stop: threading.Event | None = None) -> dict[str, Any]:
     """Train to the end from the newest checkpoint, if there is one. `die_at`: SIGKILL to itself before that step's update."""
     from trainer.paths import RunPaths
     from trainer.stages import config_sha256

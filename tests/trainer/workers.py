@@ -69,7 +69,7 @@ def _group(world: int, function: str, keywords: dict[str, Any], timeout: float) 
         deadline = time.monotonic() + timeout
         try:
             while time.monotonic() < deadline:
-                for rank, (process, connection) in enumerate(group):
+                for rank, (_, connection) in enumerate(group):
                     if rank not in results and connection.poll(0.01):
                         try:
                             results[rank] = connection.recv()

@@ -39,7 +39,7 @@ BLOCK = 16 << 20
 """Bytes hashed and written at a time."""
 
 
-class BrokenCheckpoint(Exception):
+class BrokenCheckpoint(Exception):  # noqa: N818
     """A checkpoint's file does not hold what its header or its manifest says."""
 
 
@@ -100,7 +100,7 @@ def write(path: Path, header: bytes, parts: Sequence[torch.Tensor]) -> tuple[int
     size = 0
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     try:
-        for part in (memoryview(header), *(memoryview(p.numpy()) for p in parts if p.numel())):
+        for part in (memoryview(header), *(memoryview(p.numpy().data) for p in parts if p.numel())):
             size += len(part)
             for at in range(0, len(part), BLOCK):
                 block = part[at:at + BLOCK]
@@ -138,7 +138,8 @@ class TensorFile:
             for key, value in header.items():
                 name, _, start = key.rpartition("@")
                 dtype, (count,), (begin, end) = DTYPES[value["dtype"]], value["shape"], value["data_offsets"]
-                if not 0 <= begin <= end <= size - self._data or end - begin != count * dtype.itemsize or int(start) < 0 or name not in self.shapes:
+                inside = 0 <= begin <= end <= size - self._data and end - begin == count * dtype.itemsize
+                if not inside or int(start) < 0 or name not in self.shapes:
                     raise BrokenCheckpoint(f"{path}: {key} lies outside the file")
                 self.entries.append(Entry(name, int(start), count, dtype, begin))
         except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -2,9 +2,9 @@
 
 A save copies this rank's pieces into one reused host buffer (pinned, on a stream of its own, if they lie on a GPU) and returns; a
 background thread writes and syncs the rank's file. Where the pieces lie in host memory and there is no room for a second copy, they
-are written from where they are, and the next update waits for that. The threads then tell each other how it went, over a group of their own, and rank 0
-writes state and manifest and renames the temporary directory. Until the rename nothing is visible under the checkpoint's name; after a
-failure on any rank the temporary directory is removed and the older checkpoints stay as they are.
+are written from where they are, and the next update waits for that. The threads then tell each other how it went, over a group of
+their own, and rank 0 writes state and manifest and renames the temporary directory. Until the rename nothing is visible under the
+checkpoint's name; after a failure on any rank the temporary directory is removed and the older checkpoints stay as they are.
 """
 
 from __future__ import annotations

@@ -68,14 +68,17 @@ def _what_is_wrong(path: Path) -> str:
 
 def newest(checkpoints: Path) -> Saved | None:
     """The newest whole checkpoint."""
-    return (whole(checkpoints) or [None])[-1]
+    saved = whole(checkpoints)
+    return saved[-1] if saved else None
 
 
 def best(checkpoints: Path) -> Saved | None:
     """The whole checkpoint with the lowest held-out loss; the newest one if none was evaluated."""
     saved = whole(checkpoints)
     evaluated = [s for s in saved if s.eval_loss is not None]
-    return min(evaluated, key=lambda s: s.eval_loss or 0.0) if evaluated else (saved or [None])[-1]
+    if evaluated:
+        return min(evaluated, key=lambda s: s.eval_loss or 0.0)
+    return saved[-1] if saved else None
 
 
 def remove(path: Path) -> None:

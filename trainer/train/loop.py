@@ -200,7 +200,7 @@ class Training:
             [values[0], float(self._stop.is_set()), float(self.checkpointer.busy), float(overdue and self.ranks.rank == 0),
              float(bool(self._save_failed) and checkpoint.on_full_disk == "stop")])
         self._busy = busy > 0
-        self._save_wanted |= due > 0 or bool(checkpoint.every_steps) and self.step % checkpoint.every_steps == 0
+        self._save_wanted |= due > 0 or (bool(checkpoint.every_steps) and self.step % checkpoint.every_steps == 0)
         self._pending.seconds = time.perf_counter() - began + waited
         self.state.seconds += self._pending.seconds
         if previous is not None:
@@ -236,11 +236,13 @@ class Training:
         loss = loss_sum / max(1, step.loss_tokens)
         if not math.isfinite(loss):
             raise UserError(f"The loss of step {step.step} is not a number. Lower run.train.learning_rate (now "
-                            f"{self.config.run.train.learning_rate:g}) or raise run.train.warmup_share; the last checkpoint is from before.")
-        speed = step.tokens / step.seconds if step.seconds > 0 else 0.0
+                            f"{self.config.run.train.learning_rate:g}) or raise run.train.warmup_share; the last checkpoint is from "
+                            "before.")
+        per_second = 1 / step.seconds if step.seconds > 0 else 0.0
+        speed = step.tokens * per_second
         record: dict[str, Any] = {
             "step": step.step, "epoch": round(step.epoch, 6), "loss": loss, "lr": step.lr, "grad_norm": norm, "tokens": step.tokens,
-            "rows": step.rows, "tokens_per_second": round(speed, 3), "samples_per_second": round(step.rows / step.seconds, 3) if step.seconds else 0.0,
+            "rows": step.rows, "tokens_per_second": round(speed, 3), "samples_per_second": round(step.rows * per_second, 3),
             "mfu": round(speed * self._flops_share, 5) if self._flops_share else None, "seconds": step.clock.seconds(), "time": time.time()}
         record.update(self._records.pop(step.step, {}))
         self.state.metrics = {**self.state.metrics, "loss": loss, "epoch": record["epoch"]}
@@ -297,8 +299,10 @@ class Training:
         self._save_wanted, self._saved_at = False, time.monotonic()
         metrics = dict(self.state.metrics)
         if metrics.pop("eval_step", None) != self.step:  # the held-out loss of an older step does not describe this checkpoint
-            metrics.pop("eval_loss", None), metrics.pop("perplexity", None)
-        self.checkpointer.save(self.step, {"planner": self._data_state, "loop": vars(self.state).copy(), "metrics": metrics, **self._stored})
+            metrics.pop("eval_loss", None)
+            metrics.pop("perplexity", None)
+        state = {"planner": self._data_state, "loop": vars(self.state).copy(), "metrics": metrics, **self._stored}
+        self.checkpointer.save(self.step, state)
 
     def _outcomes(self) -> None:
         for outcome in self.checkpointer.outcomes():
@@ -315,7 +319,8 @@ class Training:
         self._save()
         self.checkpointer.wait()
         outcome = self.checkpointer.outcomes()[-1]
-        raise Preempted(f"Asked to end at step {self.step}; " + ("its state is saved." if outcome.saved else f"not saved: {outcome.message}."))
+        how = "its state is saved" if outcome.saved else f"not saved: {outcome.message}"
+        raise Preempted(f"Asked to end at step {self.step}; {how}.")
 
     def _finish(self, reason: str, tries: int = 4, wait_s: float = 15.0) -> None:
         """Evaluate and save the end. Without this checkpoint nothing can be exported, so a full storage is waited for a while."""

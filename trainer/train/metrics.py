@@ -13,6 +13,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,8 @@ class Gauges:
 
     NAMES = {
         "step": "Optimizer steps done", "epoch": "Passes over the training rows", "loss": "Training loss per trained token",
-        "eval_loss": "Held-out loss per trained token", "learning_rate": "Learning rate", "grad_norm": "Global gradient norm before clipping",
+        "eval_loss": "Held-out loss per trained token",
+        "learning_rate": "Learning rate", "grad_norm": "Global gradient norm before clipping",
         "tokens_per_second": "Tokens trained on per second, all workers", "mfu": "Model FLOPs utilisation",
     }
 
@@ -164,17 +166,20 @@ class Recorder:
         if gauges:
             makers["Prometheus"] = lambda: Gauges(run)
         for name, make in makers.items():
-            self._guard(name, lambda name=name, make=make: self._sinks.__setitem__(name, make()))
+            self._guard(name, partial(self._open, name, make))
         while (work := self._queue.get()) is not None:
             work()
         for name, sink in self._sinks.items():
             if hasattr(sink, "close"):
                 self._guard(name, sink.close)
 
+    def _open(self, name: str, make: Callable[[], Any]) -> None:
+        self._sinks[name] = make()
+
     def _write(self, record: dict[str, Any]) -> None:
         for name, sink in self._sinks.items():
             call = {MetricsFile: "append", Board: "add", Gauges: "set"}[type(sink)]
-            self._guard(name, lambda sink=sink, call=call: getattr(sink, call)(record))
+            self._guard(name, partial(getattr(sink, call), record))
 
     def _guard(self, name: str, work: Callable[[], None]) -> None:
         if name in self._broken:

@@ -138,7 +138,7 @@ class Annotations:
 
     def put(self, text: str, force: bool = False) -> bool:
         """Set the annotation if it changed and the interval has passed. False: give up (refused, or three failures in a row)."""
-        if text == self._text or not force and time.monotonic() - self._put < self._every:
+        if text == self._text or (not force and time.monotonic() - self._put < self._every):
             return True
         self._put = time.monotonic()
         try:

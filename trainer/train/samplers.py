@@ -29,7 +29,9 @@ GPU = ("time", "node", "gpu", "utilisation", "memory_bytes", "power_w", "sm_cloc
 class Source(Protocol):
     """Something that is sampled."""
 
-    columns: tuple[str, ...]
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of a row's values."""
 
     def rows(self, now: float, node: str) -> list[tuple[Any, ...]]:
         """Rows of this moment. Raises OSError or RuntimeError if it cannot be read."""

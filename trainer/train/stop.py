@@ -22,7 +22,7 @@ _watching = threading.Event()
 _installed = False
 
 
-class Preempted(RuntimeError):
+class Preempted(RuntimeError):  # noqa: N818
     """The run was asked to end, has saved its state, and can be started again."""
 
 

@@ -37,7 +37,7 @@ def write_manifest(directory: Path) -> str:
 
 
 def make_model(directory: Path, seed: int) -> None:
-    """Weights and tokenizer; generation never ends by itself but for `</s>`."""
+    """Weights and tokenizer; greedy answers never end by themselves."""
     directory.mkdir(parents=True)
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -48,8 +48,10 @@ def make_model(directory: Path, seed: int) -> None:
     tokenizer.save_pretrained(directory)
     torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-                                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, bos_token_id=0,
+                                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=8192, bos_token_id=0,
                                          eos_token_id=1, initializer_range=0.2))
+    # The end never has the highest logit (another is above 0): greedy answers are as long as they are asked to be.
+    model.lm_head.weight.data[1] = 0
     model.save_pretrained(directory)
 
 

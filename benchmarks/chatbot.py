@@ -2,9 +2,10 @@
 
     python benchmarks/chatbot.py --model DIRECTORY [--gguf FILE] [--device cpu] [--tokens 64] [--streams 1 4 16] [--threads 2]
 
-Both sides answer the same prompts (research questions, each with an abstract of about 150 tokens) greedily with the same number of tokens, with the
-same weights and precision. Plain `generate` answers one after another, as a page without batching does: its time to first token for n
-streams is the mean over n people who ask at once. `--repeat` runs are interleaved and the best of each is printed (the machine may be shared).
+Both sides answer the same prompts (research questions, each with an abstract of about 150 tokens) greedily with the same number of
+tokens, with the same weights and precision. Plain `generate` answers one after another, as a page without batching does: its time to first
+token for n streams is the mean over n people who ask at once. `--repeat` runs are interleaved and the best of each is printed (the
+machine may be shared).
 The result is one JSON object on stdout.
 """
 
@@ -33,10 +34,10 @@ from chatbot.engine.local import LocalModel
 from chatbot.engine.scheduler import Scheduler
 
 TOPICS = ["vitamin D", "aspirin", "early mobilisation", "statins", "probiotics", "telemedicine", "exercise", "metformin"]
-ABSTRACT = ("We studied the effect of {topic} in a randomised trial of 412 adults over twelve months. The primary outcome was the number of "
-            "hospital admissions; secondary outcomes were quality of life, adverse events and costs. Participants were assigned to the "
-            "intervention or to usual care, and assessors were blinded. Admissions were lower in the intervention group (relative risk 0.81, "
-            "95% confidence interval 0.68 to 0.97), quality of life did not differ, and adverse events were rare in both groups. ")
+ABSTRACT = ("We studied the effect of {topic} in a randomised trial of 412 adults over twelve months. The primary outcome was the number "
+            "of hospital admissions; secondary outcomes were quality of life, adverse events and costs. Participants were assigned to the "
+            "intervention or to usual care, and assessors were blinded. Admissions were lower in the intervention group (relative risk "
+            "0.81, 95% confidence interval 0.68 to 0.97), quality of life did not differ, and adverse events were rare in both groups. ")
 
 
 def prompts(count: int) -> list[str]:
@@ -88,7 +89,8 @@ async def batched(model: LocalModel, texts: list[str], tokens: int) -> dict[str,
     ends = await asyncio.gather(*map(one, texts))
     total = time.perf_counter() - began
     assert all(e.tokens == tokens for e in ends)
-    return {"tokens_per_second": len(texts) * tokens / total, "first_token_seconds": statistics.mean(e.first for e in ends), "seconds": total}
+    return {"tokens_per_second": len(texts) * tokens / total,
+            "first_token_seconds": statistics.mean(e.first for e in ends), "seconds": total}
 
 
 def main() -> None:
@@ -105,11 +107,13 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=1024)
     args = parser.parse_args()
     set_threads(args.threads)
-    config = EngineConfig(device=args.device, precision=args.precision, streams=max(args.streams), context=args.context, threads=args.threads)
+    config = EngineConfig(device=args.device, precision=args.precision, streams=max(args.streams), context=args.context,
+                          threads=args.threads)
     engine = LocalModel.load_directory(args.model, Scheduler(), config, args.gguf)
     device = pick_device(args.device)
     # The same weights, attended to by transformers' own fast attention.
-    reference = AutoModelForCausalLM.from_config(engine.batch.model.config, attn_implementation="sdpa", dtype=engine.batch.model.dtype).to("meta")
+    weights = engine.batch.model
+    reference = AutoModelForCausalLM.from_config(weights.config, attn_implementation="sdpa", dtype=weights.dtype).to("meta")
     reference.load_state_dict(engine.batch.model.state_dict(), assign=True)
     reference.tie_weights()
     for name, buffer in engine.batch.model.named_buffers():
@@ -117,8 +121,10 @@ def main() -> None:
         setattr(reference.get_submodule(owner), leaf, buffer)
     reference.eval()
     tokenizer = load_tokenizer(args.model, args.gguf)
-    result: dict[str, Any] = {"model": args.model.name, "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-                              "threads": torch.get_num_threads(), "dtype": str(engine.batch.model.dtype), "tokens": args.tokens, "streams": {}}
+    result: dict[str, Any] = {"model": args.model.name,
+                              "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+                              "threads": torch.get_num_threads(),
+                              "dtype": str(engine.batch.model.dtype), "tokens": args.tokens, "streams": {}}
     plain(reference, tokenizer, prompts(1), 8)
     asyncio.run(batched(engine, prompts(max(args.streams)), 8))
     for count in args.streams:

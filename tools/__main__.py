@@ -57,7 +57,7 @@ def _images(arguments: argparse.Namespace) -> int:
         return 0
     builder = images.Builder(layout)
     for image in images.with_bases(["trainer", "chatbot"]):
-        print(f"{image.name}: {'built' if builder.build(image, lambda text, n=image.name: print(f'{n}: {text}')) else 'up to date'}")
+        print(f"{image.name}: {'built' if builder.build(image, images.labelled(image.name, print)) else 'up to date'}")
     return 0
 
 

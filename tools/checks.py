@@ -36,7 +36,6 @@ LINT = [
     Check("ruff", ["tools", "-m", "ruff", "check", "."]),
     Check("mypy", ["tools", "-m", "mypy", "tools"]),
     Check("environments", ["tools", "-m", "tools", "environments", "check"]),
-    Check("chart schemas", ["tools", "-m", "tools.charts", "schema", "--check"]),
 ]
 UNIT = [
     Check("tools", _pytest("tools", "tests/tools")),

@@ -205,6 +205,11 @@ def values(registry: str, tag: str, digests: dict[str, str]) -> dict[str, object
                                   for name, key in VALUES_KEYS.items() if name in digests}}}
 
 
+def labelled(name: str, say: Say) -> Say:
+    """`say` with the image's name before the text."""
+    return lambda text: say(f"{name}: {text}")
+
+
 def with_bases(names: Iterable[str]) -> list[Image]:
     """The named images and what they start from, each after its base."""
     wanted: set[str] = set()
@@ -226,9 +231,9 @@ def publish(layout: Layout, registry: str, tag: str, say: Say) -> Path:
     digests = {}
     for image in with_bases(["trainer", "chatbot"]):
         say(f"{image.name}: building")
-        builder.build(image, lambda text, n=image.name: say(f"{n}: {text}"))
+        builder.build(image, labelled(image.name, say))
     for name in ("trainer", "chatbot"):
-        digests[name] = builder.push(IMAGES[name], registry, tag, lambda text, n=name: say(f"{n}: {text}"), local=False)
+        digests[name] = builder.push(IMAGES[name], registry, tag, labelled(name, say), local=False)
         say(f"{name}: {registry}/{name}@{digests[name]}")
     path = REPOSITORY / "images/digests.yaml"
     path.write_text("# Written by `make images`: merge into an environment's release.yaml to run these images.\n"

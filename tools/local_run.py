@@ -43,7 +43,8 @@ def try_run(layout: Layout, settings: Settings, serve: bool) -> int:
     (files / "run.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     python = {name: layout.cache / "venv" / name / "bin/python" for name in ("trainer", "chatbot")}
-    done = subprocess.run([python["trainer"], "-m", "trainer", "run", "--config", files / "run.yaml"], env=environment, cwd=files, check=False)
+    done = subprocess.run([python["trainer"], "-m", "trainer", "run", "--config", files / "run.yaml"], env=environment, cwd=files,
+                          check=False)
     if done.returncode != 0:
         return done.returncode
     run = layout.storage / "runs" / config["id"]

@@ -50,7 +50,8 @@ def test_the_report_is_whole(environment, layout):
 
 
 def test_the_chatbot_answers_with_the_tuned_model(environment, settings):
-    answer = httpx.post(f"http://127.0.0.1:{settings.chatbot_port}/ask", json={"question": "Does exercise lower blood pressure?"}, timeout=180)
+    answer = httpx.post(f"http://127.0.0.1:{settings.chatbot_port}/ask", timeout=180,
+                        json={"question": "Does exercise lower blood pressure?"})
     assert answer.status_code == 200, answer.text
     body = answer.json()
     assert body["answer"].strip()

@@ -106,6 +106,5 @@ def _unmount(below: list[Path]) -> None:
     """Unmount everything below the given folders, the innermost first."""
     targets = [line.split()[4].replace("\\040", " ") for line in Path("/proc/self/mountinfo").read_text().splitlines()]
     for target in reversed(targets):
-        if any(Path(target).is_relative_to(folder) for folder in below):
-            if not shell.succeeds(["umount", target]):
-                shell.output(["umount", "--lazy", target])
+        if any(Path(target).is_relative_to(folder) for folder in below) and not shell.succeeds(["umount", target]):
+            shell.output(["umount", "--lazy", target])

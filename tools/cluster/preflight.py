@@ -36,10 +36,10 @@ def problems(layout: Layout, settings: Settings) -> Iterator[str]:
     folder = layout.cache
     while not folder.exists():
         folder = folder.parent
-    free = shutil.disk_usage(folder).free / 2**30
+    space = shutil.disk_usage(folder).free / 2**30
     needed = WARM_DISK_GIB if (layout.cache / "containerd").exists() else DISK_GIB
-    if free < needed:
-        yield f"{free:.0f} GiB free below {folder}: {needed:.0f} are needed. Set LLM_FINETUNE_CACHE to a folder on a larger disk."
+    if space < needed:
+        yield f"{space:.0f} GiB free below {folder}: {needed:.0f} are needed. Set LLM_FINETUNE_CACHE to a folder on a larger disk."
     if ours(layout):
         return  # what is found below is our own
     for path, what in ((Path("/var/lib/kubelet"), "a kubelet"), (Path("/etc/kubernetes"), "a Kubernetes configuration")):

@@ -62,7 +62,7 @@ def push_head(layout: Layout, settings: Settings) -> str:
     if not (repository / "HEAD").exists():
         repository.parent.mkdir(parents=True, exist_ok=True)
         shell.output(["git", "init", "--quiet", "--bare", f"--initial-branch={BRANCH}", repository])
-    git = ["git", "-C", REPOSITORY]
+    git: list[str | Path] = ["git", "-C", REPOSITORY]
     if not shell.succeeds([*git, "rev-parse", "--verify", "--quiet", "HEAD"]):
         raise OperatorError(f"{REPOSITORY} is not a git checkout with a commit. Clone the project with git; Argo CD deploys from commits.")
     head = shell.output([*git, "rev-parse", "HEAD"]).strip()

@@ -112,21 +112,26 @@ def _progress(layout: Layout, run: str) -> dict[str, Any]:
 def runs(api: client.ApiClient, environment: str, layout: Layout) -> list[Run]:
     """All runs of an environment, the newest first."""
     try:
-        found = client.CustomObjectsApi(api).list_namespaced_custom_object(*RAY, namespace(environment), "rayjobs")["items"]
+        answer: Any = client.CustomObjectsApi(api).list_namespaced_custom_object(*RAY, namespace(environment), "rayjobs")
     except ApiException as error:
         if error.status == 404:
             return []
         raise
+    found = answer["items"]
     found.sort(key=lambda job: job["metadata"]["creationTimestamp"], reverse=True)
-    return [Run(name := job["metadata"]["name"], (status := job.get("status", {})).get("jobDeploymentStatus", ""),
-                status.get("jobStatus", ""), _unix(job["metadata"]["creationTimestamp"]), status.get("message", "") or status.get("reason", ""), _progress(layout, name))
-            for job in found]
+    return [_run(job, layout) for job in found]
+
+
+def _run(job: dict[str, Any], layout: Layout) -> Run:
+    name, reported = job["metadata"]["name"], job.get("status", {})
+    return Run(name, reported.get("jobDeploymentStatus", ""), reported.get("jobStatus", ""), _unix(job["metadata"]["creationTimestamp"]),
+               reported.get("message", "") or reported.get("reason", ""), _progress(layout, name))
 
 
 def environment(api: client.ApiClient, name: str, layout: Layout) -> State:
     """The Application of an environment, and its runs."""
     try:
-        application = client.CustomObjectsApi(api).get_namespaced_custom_object(*ARGO, f"llm-finetune-{name}")
+        application: Any = client.CustomObjectsApi(api).get_namespaced_custom_object(*ARGO, f"llm-finetune-{name}")
     except ApiException as error:
         if error.status == 404:
             return State(name, message="waiting for the ApplicationSet")
@@ -164,7 +169,8 @@ def text(api: client.ApiClient, layout: Layout, settings: Settings) -> str:
         pid = daemons.running_pid(layout.runtime / "pids" / name)
         lines.append(f"  {name:22} {f'running (pid {pid})' if pid else 'NOT RUNNING'}")
     lines.append("Pods")
-    for pod in client.CoreV1Api(api).list_pod_for_all_namespaces().items:
+    pods: list[Any] = client.CoreV1Api(api).list_pod_for_all_namespaces().items  # the generated types call every field optional
+    for pod in pods:
         statuses = pod.status.container_statuses or []
         ready = sum(1 for c in statuses if c.ready)
         restarts = sum(c.restart_count for c in statuses)
@@ -172,8 +178,8 @@ def text(api: client.ApiClient, layout: Layout, settings: Settings) -> str:
         lines.append(f"  {pod.metadata.namespace + '/' + pod.metadata.name:66} {ready}/{len(pod.spec.containers)} "
                      f"{waiting or pod.status.phase}{f', {restarts} restarts' if restarts else ''}")
     lines.append("Applications")
-    applications = client.CustomObjectsApi(api).list_namespaced_custom_object(*ARGO)["items"]
-    states = [environment(api, a["metadata"]["name"].removeprefix("llm-finetune-"), layout) for a in applications]
+    applications: Any = client.CustomObjectsApi(api).list_namespaced_custom_object(*ARGO)
+    states = [environment(api, a["metadata"]["name"].removeprefix("llm-finetune-"), layout) for a in applications["items"]]
     for state in states:
         lines.append(f"  {state.environment:22} {state.sync}, {state.health} at {state.revision or 'no commit'}"
                      + (f"\n    {state.message}" if state.message else ""))

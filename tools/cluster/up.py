@@ -43,7 +43,7 @@ class Up:
     def steps(self) -> list[Step]:
         """All of it. Two run at once: compilers on one side, downloads and image layers on the other."""
         built = [(f"{s.name} from source", s) for s in sources.sources(self.settings)]
-        chain = [Step(name, lambda say, s=s: sources.build(s, self.layout, say), s.expected, after=(built[i - 1][0],) if i else ())
+        chain = [Step(name, self._source(s), s.expected, after=(built[i - 1][0],) if i else ())
                  for i, (name, s) in enumerate(built)]
         return [
             Step("Debian packages", self.packages, 15),
@@ -63,6 +63,9 @@ class Up:
             Step("first run", self.first_run, 300, after=("Argo CD",)),
             Step("chatbot", self.chatbot, 60, after=("first run",)),
         ]
+
+    def _source(self, source: sources.Source) -> Callable[[Say], bool]:
+        return lambda say: sources.build(source, self.layout, say)
 
     def _image(self, name: str, expected: float, after: str) -> Step:
         return Step(f"{name} image", lambda say: self._builder().build(images.IMAGES[name], say), expected, after=(after,))

@@ -66,7 +66,7 @@ def deepspeed_config(config: Config, device: torch.device, elements: int, width:
     low = run.model.dtype == "bfloat16"
     return {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": run.train.max_grad_norm,
             "bf16": {"enabled": low}, "data_types": {"grad_accum_dtype": "fp32"},
-            "communication_data_type": {"float32": "fp32", "bfloat16": "bfp16"}[engine.reduce_dtype] if low else "fp32",
+            "communication_data_type": {"float32": "fp32", "bfloat16": "bf16"}[engine.reduce_dtype] if low else "fp32",
             "zero_optimization": zero, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 1 << 40}
 

@@ -114,7 +114,7 @@ def _metric(name: str, entry: dict[str, Any], report: dict[str, Any], served: di
     if (margin := entry.get("not_worse_by")) is not None:
         results.append((gain >= -margin, f"{name}: {improved}; needed: at least {_text(-margin)}"))
     if entry.get("not_clearly_worse"):
-        ends = [sign * v for v in (difference.get("low"), difference.get("high")) if _number(v)]
+        ends: list[float] = [sign * v for v in (difference.get("low"), difference.get("high")) if v is not None and _number(v)]
         interval = " to ".join(_text(v) for v in sorted(ends))
         mean = _text(sign * difference["mean"])
         results.append((len(ends) == 2 and max(ends) >= 0, f"{name}: improves by {mean} on average (95 % interval {interval}, "

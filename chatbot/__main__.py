@@ -45,7 +45,7 @@ def serve(args: argparse.Namespace) -> int:
 def check(args: argparse.Namespace) -> int:
     """Read the configuration as `serve` does, and say what would be served."""
     config = configs.load(args.config)
-    from chatbot.errors import NotReady
+    from chatbot.errors import NotReadyError
     from chatbot.guardrails.registry import describe
     from chatbot.serving.runs import resolve
     checks = describe(config.guardrails)
@@ -57,7 +57,7 @@ def check(args: argparse.Namespace) -> int:
     try:
         run = resolve(config.storage_path, config.serve)
         served = {"run": run.id, "checkpoint_sha256": run.digest}
-    except NotReady as error:
+    except NotReadyError as error:
         served = {"waiting": str(error)}
     print(json.dumps({"serve": served, "engine": config.engine.kind, "access": config.access.mode,
                       "guardrails": [c["check"] for c in checks]}, indent=1))
@@ -102,7 +102,8 @@ def main(argv: list[str] | None = None) -> int:
         part.set_defaults(run=command)
     part = commands.add_parser("guardrails", help=guardrails.__doc__)
     part.add_argument("--config", default=None, help="YAML file whose guardrails are tested (default: the built-in ones)")
-    part.add_argument("--fine", action="append", default=[], help="file with questions that must pass (.jsonl with `question`, PubMedQA .json, .txt)")
+    part.add_argument("--fine", action="append", default=[],
+                      help="file with questions that must pass (.jsonl with `question`, PubMedQA .json, .txt)")
     part.set_defaults(run=guardrails)
     part = commands.add_parser("password", help=password.__doc__)
     part.set_defaults(run=password)

@@ -18,7 +18,8 @@ def prepare_environment(config: Config) -> None:
     os.environ.update({
         "GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": str(temporary / "gradio"), "GRADIO_RUN_HISTORY": "False",
         "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(temporary / "huggingface"), "DO_NOT_TRACK": "1",
-        "MPLCONFIGDIR": str(temporary), "TRITON_CACHE_DIR": str(temporary / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(temporary / "inductor"),
+        "MPLCONFIGDIR": str(temporary),
+        "TRITON_CACHE_DIR": str(temporary / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(temporary / "inductor"),
         "TRANSFORMERS_VERBOSITY": "error"})
 
 

@@ -285,7 +285,7 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         for name, f in fields.items():
             if name not in value and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
                 raise ConfigError(f"{prefix}{name}", None, "This field is required.")
-        return kind(**{k: _build(hints[k], v, f"{prefix}{k}") for k, v in value.items()})
+        return typing.cast(Any, kind)(**{k: _build(hints[k], v, f"{prefix}{k}") for k, v in value.items()})
     if origin is Literal:
         check(any(value == a and type(value) is type(a) for a in args), where, value, f"Give one of {', '.join(map(str, args))}.")
         return value

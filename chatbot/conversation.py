@@ -6,13 +6,13 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from chatbot.engine.base import End, Piece, Request
-from chatbot.errors import Busy, NotReady, UserError
+from chatbot.errors import BusyError, NotReadyError, UserError
 from chatbot.guardrails.base import Verdict, Who
 from chatbot.guardrails.pipeline import Checked, Pipeline
 from chatbot.metrics import Metrics
@@ -101,8 +101,8 @@ class Conversation:
         turns.append(replace(question.turns[-1], content=parts["question"]))
         return Admitted(replace(question, turns=turns, context=parts["context"]), checked)
 
-    async def answer(self, admitted: Admitted, model: ModelName = "tuned") -> AsyncIterator[Delta | Done]:
-        """Stream an answer. Raises UserError (NotReady, Busy, a question that does not fit) before the first part, or later."""
+    async def answer(self, admitted: Admitted, model: ModelName = "tuned") -> AsyncGenerator[Delta | Done, None]:
+        """Stream an answer. Raises UserError (NotReadyError, BusyError, a question that does not fit) before the first part, or later."""
         exchange, began = f"chatcmpl-{secrets.token_hex(12)}", time.monotonic()
         try:
             async with self.service.use() as served:
@@ -126,14 +126,14 @@ class Conversation:
                             # Not awaited: who closes the stream is not held up.
                             asyncio.get_running_loop().run_in_executor(None, self.keeper.audit, {**line, "tokens": tokens})
                         raise
-        except (NotReady, Busy) as error:
+        except (NotReadyError, BusyError) as error:
             self.metrics.errors.labels(type(error).__name__.lower()).inc()
             raise
         except UserError:
             self.metrics.errors.labels("request").inc()
             raise
 
-    async def _answer(self, exchange: str, served: Served, admitted: Admitted, model: ModelName) -> AsyncIterator[Delta | Done]:
+    async def _answer(self, exchange: str, served: Served, admitted: Admitted, model: ModelName) -> AsyncGenerator[Delta | Done, None]:
         question, checked = admitted.question, admitted.checked
         notice = self.pipeline.texts["notice"]
         weights = served.model(model)

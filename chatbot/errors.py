@@ -16,9 +16,9 @@ class ConfigError(UserError, ValueError):
         self.field, self.value, self.remedy = field, value, remedy
 
 
-class NotReady(UserError):
+class NotReadyError(UserError):
     """No model can answer now: none is loaded yet, or the served one has vanished."""
 
 
-class Busy(UserError):
+class BusyError(UserError):
     """The waiting line is full; the client should come back after a moment."""

@@ -26,9 +26,11 @@ log = logging.getLogger(__name__)
 
 OPEN = frozenset({"/healthz", "/readyz", "/metrics", "/login"})
 """Paths without login: probes, figures (they hold no text), the login itself."""
-CLOSED = ("/gradio_api/upload", "/gradio_api/proxy", "/gradio_api/deep_link", "/gradio_api/monitoring", "/monitoring", "/gradio_api/component_server")
+CLOSED = ("/gradio_api/upload", "/gradio_api/proxy", "/gradio_api/deep_link", "/gradio_api/monitoring", "/monitoring",
+          "/gradio_api/component_server")
 """What Gradio offers and this page does not use: taking files, fetching addresses, looking into the queue."""
-POLICY = ("default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
+POLICY = ("default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+          "img-src 'self' data: blob:; "
           "font-src 'self' data:; connect-src 'self'; frame-ancestors 'self'; base-uri 'self'; form-action 'self'; object-src 'none'")
 """Content security policy: the page may load from this server alone, whatever the page's libraries would like. (Gradio's own scripts
 are inline and compile templates.)"""
@@ -39,15 +41,15 @@ TRIES, TRIES_SECONDS = 10, 60.0
 LOGIN_PAGE = Path(__file__).with_name("login.html")
 
 
-class BodyTooLarge(Exception):
+class BodyTooLargeError(Exception):
     pass
 
 
-class BodyTooSlow(Exception):
+class BodyTooSlowError(Exception):
     pass
 
 
-class ClientGone(Exception):
+class ClientGoneError(Exception):
     pass
 
 
@@ -80,7 +82,7 @@ class Failures:
         """Count one for each key."""
         now = time.monotonic()
         for key in keys:
-            self._times[key] = [t for t in self._times.pop(key, []) if now - t < TRIES_SECONDS][-TRIES:] + [now]
+            self._times[key] = [*[t for t in self._times.pop(key, []) if now - t < TRIES_SECONDS][-TRIES:], now]
         while len(self._times) > 10_000:
             self._times.popitem(last=False)
 
@@ -112,7 +114,7 @@ class Gate:
         send, state = self._protected(send), scope.setdefault("state", {})
         try:
             if int(headers.get("content-length") or 0) > self.server.max_body_bytes:
-                raise BodyTooLarge
+                raise BodyTooLargeError
             if path.startswith(CLOSED):
                 await respond(send, 404, problem("Not here.", "not_found"), JSON)
                 return
@@ -129,12 +131,12 @@ class Gate:
             state["user"], state["address"] = user or "", address
             # The body is read here, whole: what is behind the gate never waits for a slow client, nor holds an endless body.
             receive = replay(await self._body(receive), receive)
-        except ClientGone:
+        except ClientGoneError:
             return
-        except BodyTooLarge:
+        except BodyTooLargeError:
             await respond(send, 413, problem(f"The request is larger than {self.server.max_body_bytes} bytes.", "too_large"), JSON)
             return
-        except BodyTooSlow:
+        except BodyTooSlowError:
             await respond(send, 408, problem(f"The request took longer than {self.server.body_seconds:g} s to arrive.", "too_slow"), JSON)
             return
         except ValueError:
@@ -215,7 +217,9 @@ class Gate:
         name, password = (form.get("name") or [""])[0], (form.get("password") or [""])[0]
         if self.failures.many(address, f"user {name}"):
             await self._login_page(send, 429, "Too many failed logins. Wait a minute.")
-        elif name and password and await asyncio.to_thread(self.users.verify, name, password):
+            return
+        good: bool = await asyncio.to_thread(self.users.verify, name, password) if name and password else False
+        if good:
             cookie = self._cookie(self.sessions.make(name), self.sessions.seconds, headers)
             await respond(send, 303, b"", [(b"location", self._place("/")), (b"set-cookie", cookie)])
         else:
@@ -232,18 +236,18 @@ class Gate:
         await respond(send, status, page.encode(), [(b"content-type", b"text/html; charset=utf-8")])
 
     async def _body(self, receive: Any) -> bytes:
-        """The request's whole body. Raises BodyTooLarge, BodyTooSlow, ClientGone."""
+        """The request's whole body. Raises BodyTooLargeError, BodyTooSlowError, ClientGoneError."""
         body, until = b"", time.monotonic() + self.server.body_seconds
         while True:
             try:
                 message = await asyncio.wait_for(receive(), max(0.0, until - time.monotonic()))
             except TimeoutError:
-                raise BodyTooSlow from None
+                raise BodyTooSlowError from None
             if message["type"] != "http.request":
-                raise ClientGone
+                raise ClientGoneError
             body += message.get("body", b"")
             if len(body) > self.server.max_body_bytes:
-                raise BodyTooLarge
+                raise BodyTooLargeError
             if not message.get("more_body"):
                 return body
 

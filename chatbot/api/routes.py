@@ -16,10 +16,9 @@ from chatbot.access.gate import problem
 from chatbot.api.bodies import AskRequest, ChatRequest, FeedbackRequest, explain
 from chatbot.config import Config
 from chatbot.conversation import Admitted, Conversation, Delta, Done, ModelName, Question
-from chatbot.errors import Busy, NotReady, UserError
+from chatbot.errors import BusyError, NotReadyError, UserError
 from chatbot.guardrails.base import Who
 from chatbot.serving.prompt import Turn
-
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -31,9 +30,9 @@ def who(request: Request) -> Who:
 
 def failure(error: UserError) -> tuple[int, bytes, dict[str, str]]:
     """Status, body and headers for an error."""
-    if isinstance(error, NotReady):
+    if isinstance(error, NotReadyError):
         return 503, problem(str(error), "not_ready"), {"retry-after": "5"}
-    if isinstance(error, Busy):
+    if isinstance(error, BusyError):
         return 503, problem(str(error), "busy"), {"retry-after": "2"}
     return 400, problem(str(error), "bad_request"), {}
 
@@ -196,7 +195,8 @@ class Routes:
             return Response(problem("The served run has no report.", "no_report"), 404, {"content-type": "application/json"})
         return Response(content, headers={
             "content-type": "text/html; charset=utf-8",
-            "content-security-policy": "sandbox allow-popups; default-src 'none'; style-src 'unsafe-inline'; img-src data: 'self'; font-src data:"})
+            "content-security-policy": "sandbox allow-popups; default-src 'none'; "
+                                       "style-src 'unsafe-inline'; img-src data: 'self'; font-src data:"})
 
     async def healthz(self) -> Response:
         """The process answers. Says nothing about the model: a restart would not bring it back."""

@@ -89,7 +89,7 @@ class Model(Protocol):
     """Most tokens of prompt and answer together."""
 
     def stream(self, request: Request) -> AsyncIterator[Piece | End]:
-        """Answer. Raises UserError (prompt too long, Busy, NotReady) before the first piece, or later if the engine fails."""
+        """Answer. Raises UserError (prompt too long, BusyError, NotReadyError) before the first piece, or later if the engine fails."""
         ...
 
     def load(self) -> Load:
@@ -97,5 +97,5 @@ class Model(Protocol):
         ...
 
     async def close(self) -> None:
-        """Free it. Running answers end with NotReady."""
+        """Free it. Running answers end with NotReadyError."""
         ...

@@ -92,7 +92,7 @@ def attend(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Ten
     query: [n, heads, tokens, head_dim]. Returns [n, tokens, heads, head_dim], as transformers expects.
     """
     keys, values = view.cache.keys[module.layer_idx], view.cache.values[module.layer_idx]
-    n, heads, tokens, size = query.shape
+    n, heads, _, size = query.shape
     kv_heads = keys.shape[1]
     if view.row is None:
         keys[view.rows, :, view.positions] = key[:, :, 0]

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ class LocalModel:
         self.batch = Batch(model, config.streams, config.waiting, self.context, config.prefill, config.graphs)
         self.scheduler = scheduler
         ends = model.generation_config.eos_token_id if model.generation_config is not None else None
-        self.ends = {e for e in ([ends] if isinstance(ends, int) else ends or [])}
+        self.ends = set([ends] if isinstance(ends, int) else ends or [])
         if tokenizer.eos_token_id is not None:
             self.ends.add(tokenizer.eos_token_id)
         scheduler.add(self.batch)
@@ -54,23 +55,21 @@ class LocalModel:
         return local
 
     def _warm_up(self) -> None:
-        done: list[End | Exception] = []
-        import threading
-        ready = threading.Event()
+        done: Queue[End | Exception] = Queue()
         self.scheduler.submit(self.batch, Answer(
             prompt=[min(self.ends, default=0)] * 8, max_tokens=4, temperature=0, top_p=1, generator=None, ends=frozenset(),
-            on_token=lambda _: None, on_end=lambda end: (done.append(end), ready.set())))
-        ready.wait()
-        if isinstance(done[0], Exception):
+            on_token=lambda _: None, on_end=done.put))
+        end = done.get()
+        if isinstance(end, Exception):
             self.scheduler.remove(self.batch)
-            raise UserError(f"The model was loaded but cannot answer: {done[0]}") from done[0]
+            raise UserError(f"The model was loaded but cannot answer: {end}") from end
 
     def load(self) -> Load:
         """Running and waiting answers."""
         return self.scheduler.load(self.batch)
 
     async def close(self) -> None:
-        """Free the model; running answers end with NotReady."""
+        """Free the model; running answers end with NotReadyError."""
         await asyncio.to_thread(self.scheduler.remove, self.batch)
 
     def _encode(self, text: str, special_tokens: bool) -> list[int]:
@@ -83,7 +82,7 @@ class LocalModel:
         place = text.rfind(marker) if marker else -1
         wanted = text[:place].rstrip() if place >= 0 else text.rstrip()
         kept = len(tokens)
-        while kept and len(self.tokenizer.decode(tokens[:kept], skip_special_tokens=True).rstrip()) > len(wanted):
+        while kept and len(self.tokenizer.decode(tokens[:kept], skip_special_tokens=True)) > len(wanted):
             kept -= 1
         while kept and tokens[kept - 1] in self.ends:
             kept -= 1

@@ -17,7 +17,7 @@ import httpx
 
 from chatbot.config import EngineConfig
 from chatbot.engine.base import Decision, End, Load, Piece, Request
-from chatbot.errors import Busy, UserError
+from chatbot.errors import BusyError, UserError
 
 
 class RemoteModel:
@@ -73,7 +73,7 @@ class RemoteModel:
     async def stream(self, request: Request) -> AsyncIterator[Piece | End]:
         """Answer. See `base.Model`."""
         if self.running >= self.limit:
-            raise Busy(f"{self.running} answers are running. Try again in a moment.")
+            raise BusyError(f"{self.running} answers are running. Try again in a moment.")
         self.running += 1
         try:
             began, first, tokens, prompt_tokens, reason, text = time.monotonic(), 0.0, 0, 0, "stop", ""
@@ -82,7 +82,7 @@ class RemoteModel:
                 if response.status_code >= 400:
                     detail = (await response.aread()).decode("utf-8", "replace")[:300]
                     if response.status_code in (429, 503):
-                        raise Busy("The model's endpoint is busy. Try again in a moment.")
+                        raise BusyError("The model's endpoint is busy. Try again in a moment.")
                     raise UserError(f"The endpoint refused the question ({response.status_code}): {detail}")
                 async for line in response.aiter_lines():
                     if not line.startswith("data:") or line.strip() == "data: [DONE]":

@@ -7,7 +7,7 @@ import threading
 
 from chatbot.engine.base import Load
 from chatbot.engine.batch import Answer, Batch
-from chatbot.errors import Busy, NotReady
+from chatbot.errors import BusyError, NotReadyError
 
 log = logging.getLogger(__name__)
 
@@ -29,25 +29,25 @@ class Scheduler:
             self._batches.append(batch)
 
     def remove(self, batch: Batch) -> None:
-        """Serve a model no longer; what runs on it ends with NotReady."""
+        """Serve a model no longer; what runs on it ends with NotReadyError."""
         with self._wake:
             if batch in self._batches:
                 self._batches.remove(batch)
             arrived = [a for b, a in self._arrived if b is batch]
             self._arrived = [(b, a) for b, a in self._arrived if b is not batch]
-        gone = NotReady("The model is no longer served. Ask again.")
+        gone = NotReadyError("The model is no longer served. Ask again.")
         for answer in arrived:
             answer.on_end(gone)
         batch.fail(gone)
 
     def submit(self, batch: Batch, answer: Answer) -> None:
-        """Take an answer in. Raises Busy if the line is full, NotReady if the model is no longer served."""
+        """Take an answer in. Raises BusyError if the line is full, NotReadyError if the model is no longer served."""
         with self._wake:
             if self._stopped or batch not in self._batches:
-                raise NotReady("The model is no longer served. Ask again.")
+                raise NotReadyError("The model is no longer served. Ask again.")
             load = self._load(batch)
             if load.running + load.waiting >= batch.cache.rows + batch.limit:
-                raise Busy(f"{load.running} answers are running and {load.waiting} wait. Try again in a moment.")
+                raise BusyError(f"{load.running} answers are running and {load.waiting} wait. Try again in a moment.")
             self._arrived.append((batch, answer))
             self._wake.notify()
 
@@ -64,7 +64,7 @@ class Scheduler:
             return self._load(batch)
 
     def stop(self) -> None:
-        """End the thread; what runs ends with NotReady."""
+        """End the thread; what runs ends with NotReadyError."""
         with self._wake:
             self._stopped = True
             self._wake.notify()

@@ -87,6 +87,6 @@ class GibberishCheck:
             return None
         signs = sum(not re.search(r"\w", w) for w in words)
         if (sum(map(odd, words)) + max(0, signs - len(words) // 5)) / len(words) > self.settings.most_odd or \
-                len(words) < len(subject.text) / 40 and re.search(r"[\x00-\x7f]{200,}", subject.text):
+                (len(words) < len(subject.text) / 40 and re.search(r"[\x00-\x7f]{200,}", subject.text)):
             return Finding("answer", "output", "gibberish")
         return None

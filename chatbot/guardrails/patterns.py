@@ -34,8 +34,8 @@ def _loose(pattern: str) -> str:
 
     `some words` becomes a bounded run of letters: `(\\w+){0,5}` over a long word would be tried in every division of it.
     """
-    pattern = re.sub(r"\(\?:\\w\+ \)(?:\{0,(\d+)\}|\?)", lambda m: r"\w{0,%d}" % (8 * int(m[1] or 1)), pattern)
-    pattern = re.sub(r"\(\?: \\w\+\)(?:\{0,(\d+)\}|\?)", lambda m: r"\w{0,%d}" % (8 * int(m[1] or 1)), pattern)
+    pattern = re.sub(r"\(\?:\\w\+ \)(?:\{0,(\d+)\}|\?)", lambda m: rf"\w{{0,{8 * int(m[1] or 1)}}}", pattern)
+    pattern = re.sub(r"\(\?: \\w\+\)(?:\{0,(\d+)\}|\?)", lambda m: rf"\w{{0,{8 * int(m[1] or 1)}}}", pattern)
     pattern = pattern.replace(r"\w+", r"\w{1,8}").replace(r"\w*", r"\w{0,8}")
     pattern = re.sub(r"\\b", "", pattern)
     pattern = re.sub(r"(?:\\s|(?<!\[)\\W| )[+*?]?(?:\{[\d,]+\})?", r"", pattern)

@@ -62,7 +62,8 @@ def phone(text: str) -> bool:
 
 NAME = r"[A-Z][a-zà-öø-ÿ'’-]+(?:\s+(?:[A-Z]\.|(?:de|van|von|der|la|bin|al)|[A-Z][a-zà-öø-ÿ'’-]+)){0,3}"
 MONTH = r"(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)[a-z]*"
-DATE = rf"(?:\d{{1,2}}[./-]\d{{1,2}}[./-](?:19|20)?\d\d|(?:19|20)\d\d-\d\d-\d\d|\d{{1,2}}\.?\s+{MONTH}\.?,?\s+(?:19|20)\d\d|{MONTH}\.?\s+\d{{1,2}},?\s+(?:19|20)\d\d)"
+DATE = (rf"(?:\d{{1,2}}[./-]\d{{1,2}}[./-](?:19|20)?\d\d|(?:19|20)\d\d-\d\d-\d\d|"
+        rf"\d{{1,2}}\.?\s+{MONTH}\.?,?\s+(?:19|20)\d\d|{MONTH}\.?\s+\d{{1,2}},?\s+(?:19|20)\d\d)")
 
 
 @dataclass(frozen=True)
@@ -87,16 +88,21 @@ KINDS = (
     Kind("record", re.compile(r"(?i)\b(?:mrn|medical record(?: number| no\.?)?|patient(?:'s)? (?:id|number)|hospital number|chart number|"
                               r"insurance (?:id|number)|policy number|passport(?: number| no\.?)?|driver'?s? licen[cs]e(?: number| no\.?)?|"
                               r"national id(?: number)?)(?:\s+is)?[\s:#]*([A-Z]{0,3}[- ]?\d[\dA-Z-]{4,})\b"), group=1),
-    Kind("birth", re.compile(rf"(?i)\b(?:born(?:\s+on)?|dob|d\.o\.b\.?|date of birth|birth ?date|birthday)(?:\s+is)?[\s:]*(?:the\s+)?({DATE})"), group=1),
-    Kind("ip", re.compile(r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w.]*\w)|(?<![\w:])(?:[0-9a-fA-F]{1,4}:){4,7}[0-9a-fA-F]{1,4}(?![\w:])"), address),
+    Kind("birth", re.compile(rf"(?i)\b(?:born(?:\s+on)?|dob|d\.o\.b\.?|date of birth|birth ?date|birthday)(?:\s+is)?"
+                             rf"[\s:]*(?:the\s+)?({DATE})"), group=1),
+    Kind("ip", re.compile(r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w.]*\w)|(?<![\w:])(?:[0-9a-fA-F]{1,4}:){4,7}[0-9a-fA-F]{1,4}(?![\w:])"),
+         address),
     Kind("phone", re.compile(r"(?<![\w.+])\+\d{1,3}[\s.-]?(?:\(\d{1,4}\)[\s.-]?)?\d(?:[\s.-]?\d){6,12}(?!\w)"), phone),
     Kind("phone", re.compile(r"(?<![\w.-])(?:\(\d{3}\)\s?|\d{3}[-.])\d{3}[-.]\d{4}(?![\w-])"), phone),
-    Kind("phone", re.compile(r"(?i)\b(?:phone|telephone|tel\.?|mobile|cell|call me(?: on| at)?|whatsapp|fax)(?: number| no\.?)?(?:\s+is)?[\s:#]*"
+    Kind("phone", re.compile(r"(?i)\b(?:phone|telephone|tel\.?|mobile|cell|call me(?: on| at)?|whatsapp|fax)"
+                             r"(?: number| no\.?)?(?:\s+is)?[\s:#]*"
                              r"(\(?\d[\d\s().-]{6,16}\d)"), phone, 1),
-    Kind("name", re.compile(rf"\b(?:[Mm]y name is|I am called|[Mm]y (?:wife|husband|son|daughter|mother|father|partner|brother|sister) is called|"
+    Kind("name", re.compile(rf"\b(?:[Mm]y name is|I am called|"
+                            rf"[Mm]y (?:wife|husband|son|daughter|mother|father|partner|brother|sister) is called|"
                             rf"[Pp]atient(?:'s)? name(?: is|:)?|[Nn]ame:|[Pp]atient:)\s+({NAME})"), group=1),
     Kind("name", re.compile(rf"\b(?:Mr|Mrs|Ms|Miss|Mx)\.?\s+({NAME})"), group=1),
-    Kind("address", re.compile(r"\b\d{1,5}\s+(?:[A-Z][a-z]+\s+){1,3}(?:Street|St|Avenue|Ave|Road|Rd|Lane|Ln|Drive|Dr|Boulevard|Blvd|Court|Ct|Way|Close|"
+    Kind("address", re.compile(r"\b\d{1,5}\s+(?:[A-Z][a-z]+\s+){1,3}(?:Street|St|Avenue|Ave|Road|Rd|"
+                               r"Lane|Ln|Drive|Dr|Boulevard|Blvd|Court|Ct|Way|Close|"
                                r"Square|Terrace)\b\.?(?:,\s*(?:Apt|Apartment|Unit|Flat)\.?\s*\w+)?")),
 )
 GROWING = re.compile(r"(?:[\w.+-]+\s?(?:@|\(at\)|\[at\])[\w.()\[\]\s-]{0,40}|[\w.+-]+|[+(]?\d[\d\s().:/-]*|\b[A-Z]{2}\d{2}[A-Z0-9 ]*)$")

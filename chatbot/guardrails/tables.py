@@ -20,8 +20,8 @@ from chatbot.guardrails.base import Check, Subject, Who
 from chatbot.guardrails.pipeline import Pipeline
 
 TABLES = Path(__file__).parent / "tables"
-REDACTING = ("unicode", "personal-data")
-"""Checks that change a text and let it go on: what they find does not block a question."""
+HELD_OUT = Path(__file__).parent / "held_out.yaml"
+"""Wordings that no rule was made for: the honest figure. Once rules are mended with them they belong into the tables."""
 
 
 @dataclass
@@ -121,6 +121,11 @@ def report(config: GuardrailsConfig, fine: list[Path]) -> int:
             print(f"    missed: {text[:100]!r}")
         for text in r.alarms:
             print(f"    false alarm: {text[:140]!r}")
+    held = yaml.safe_load(HELD_OUT.read_text(encoding="utf-8"))
+    print("held-out wordings, through all checks:")
+    for name, texts in held["hit"].items():
+        print(f"    {name:14} {len(asyncio.run(run_fine(pipeline, texts)))} of {len(texts)} stopped")
+    print(f"    {'fine':14} {len(asyncio.run(run_fine(pipeline, held['pass'])))} of {len(held['pass'])} stopped")
     questions = [q for path in fine for q in read_questions(path)]
     stopped = asyncio.run(run_fine(pipeline, questions))
     total = sum(r.hits + r.passes for r in results)

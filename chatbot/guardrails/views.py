@@ -119,6 +119,9 @@ def views(text: str) -> list[View]:
     for match in SPACED.finditer(folded):
         joined = re.sub(r"[\W_]+", "", match[0].translate(LOOKALIKES)).translate(LEET)
         found.append(View("spaced", joined[:LONGEST_JOINED], joined=True))
+    together = SPACED.sub(lambda m: re.sub(r"[\W_]+", "", m[0]), folded)
+    if together != folded:  # a single word pulled apart, among words that are not
+        found.append(View("leet", MIXED.sub(lambda m: m[0].translate(LEET), fold(together))))
     for inner in decoded(short):
         found.append(View("decoded", fold(inner)))
         found.extend(View("decoded twice", fold(again)) for again in decoded(inner))

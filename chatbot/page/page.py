@@ -213,7 +213,8 @@ def build(config: Config, conversation: Conversation) -> gr.Blocks:
             with gr.Row():
                 temperature = gr.Slider(0, 2, value=config.page.temperature, step=0.05, label="Temperature", info="0: the likeliest answer")
                 top_p = gr.Slider(0.05, 1, value=config.page.top_p, step=0.05, label="Top-p")
-                length = gr.Slider(1, max(512, config.page.max_tokens), value=config.page.max_tokens, step=1, label="Longest answer, tokens")
+                length = gr.Slider(1, max(512, config.page.max_tokens), step=1, value=config.page.max_tokens,
+                                   label="Longest answer (tokens)")
             with gr.Row():
                 export = gr.Button("Export conversation", size="sm")
                 clear = gr.Button("New conversation", size="sm")

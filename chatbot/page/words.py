@@ -16,7 +16,8 @@ def decision(probabilities: dict[str, float]) -> str:
     if not probabilities:
         return ""
     words = sorted(probabilities.items(), key=lambda item: -item[1])
-    spans = "".join(f'<span class="{"first" if i == 0 else ""}"><i style="width:{p * 100:.0f}%"></i><em>{escape(w)} {p * 100:.0f}%</em></span>'
+    spans = "".join(f'<span class="{"first" if i == 0 else ""}"><i style="width:{p * 100:.0f}%"></i>'
+                    f'<em>{escape(w)} {p * 100:.0f}%</em></span>'
                     for i, (w, p) in enumerate(words))
     return f'<span class="decision" role="group" aria-label="Decision">{spans}</span>'
 
@@ -55,7 +56,8 @@ def head(title: str, ready: bool, state: str, facts: Facts | None, user: str, lo
     if logout:
         links.append(f'<a href="{escape(logout)}">Log out</a>')
     chip = escape(facts.run if ready and facts else state)
-    return (f'<div id="head"><h1>{escape(title)}</h1><span class="chip {"ready" if ready else "away"}" title="{escape(state)}">{chip}</span>'
+    return (f'<div id="head"><h1>{escape(title)}</h1>'
+            f'<span class="chip {"ready" if ready else "away"}" title="{escape(state)}">{chip}</span>'
             f'<span class="links">{"".join(links)}</span></div>')
 
 
@@ -63,11 +65,13 @@ def about(facts: Facts | None, report: str) -> str:
     """Where the answers come from and how good the model is."""
     if facts is None:
         return '<div class="about">No model is loaded.</div>'
-    rows = [("Run", facts.run), ("Hash", facts.hash), ("Checkpoint", f"sha256 {facts.checkpoint_sha256}"), ("Base model", facts.base_model),
+    rows = [("Run", facts.run), ("Hash", facts.hash), ("Checkpoint", f"sha256 {facts.checkpoint_sha256}"),
+            ("Base model", facts.base_model),
             ("Dataset", facts.dataset)]
     table = "".join(f"<tr><th scope=row>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in rows if v)
     if report and facts.report:
-        table += f'<tr><th scope=row>Report</th><td><a href="{escape(report)}" target="_blank" rel="noopener">How it was trained and evaluated</a></td></tr>'
+        table += (f'<tr><th scope=row>Report</th><td><a href="{escape(report)}" target="_blank" rel="noopener">'
+                  'How it was trained and evaluated</a></td></tr>')
     figures = ""
     if facts.evaluation:
         names = [m for m in METRICS if any(m in side for side in facts.evaluation.values())]

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from chatbot.config import RUN_ID, ServeConfig
-from chatbot.errors import NotReady, UserError
+from chatbot.errors import NotReadyError, UserError
 from chatbot.serving import manifest as manifests
 
 
@@ -54,15 +54,15 @@ def latest(storage: Path) -> Run | None:
 
 
 def resolve(storage: Path, serve: ServeConfig) -> Run:
-    """The run to serve. Raises NotReady if it is not there (yet), UserError if it is there and is not the one named."""
+    """The run to serve. Raises NotReadyError if it is not there (yet), UserError if it is there and is not the one named."""
     if serve.follow == "latest":
         run = latest(storage)
         if run is None:
-            raise NotReady(f"No finished run in {storage / 'runs'} yet.")
+            raise NotReadyError(f"No finished run in {storage / 'runs'} yet.")
         return run
     run = open_run(storage / "runs" / serve.run)
     if run is None:
-        raise NotReady(f"{storage / 'runs' / serve.run / 'model'} is missing or not whole.")
+        raise NotReadyError(f"{storage / 'runs' / serve.run / 'model'} is missing or not whole.")
     if serve.sha256 and run.digest != serve.sha256:
         raise UserError(f"serve.sha256: the model of {serve.run} has digest {run.digest}, not {serve.sha256}. "
                         "Promote the run again, or restore its model directory.")

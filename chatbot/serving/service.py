@@ -20,7 +20,7 @@ from chatbot.engine.loading import load_tokenizer, set_threads
 from chatbot.engine.local import LocalModel
 from chatbot.engine.remote import RemoteModel
 from chatbot.engine.scheduler import Scheduler
-from chatbot.errors import NotReady, UserError
+from chatbot.errors import NotReadyError, UserError
 from chatbot.serving import facts as facts_of
 from chatbot.serving import manifest as manifests
 from chatbot.serving import prompt as prompts
@@ -108,10 +108,10 @@ class Service:
 
     @asynccontextmanager
     async def use(self) -> AsyncIterator[Served]:
-        """The served run, kept loaded until the block is left. Raises NotReady."""
+        """The served run, kept loaded until the block is left. Raises NotReadyError."""
         ok, reason = self.ready()
         if not ok or self.current is None:
-            raise NotReady(f"No answer now: {reason}.")
+            raise NotReadyError(f"No answer now: {reason}.")
         served = self.current
         served.users += 1
         try:

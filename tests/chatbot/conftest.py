@@ -88,7 +88,8 @@ class Storage:
         """Write the run's report."""
         root = self.root / "runs" / run
         (root / "report.html").write_text("<h1>Report</h1><script>parent.x = 1</script>")
-        (root / "report.json").write_text(json.dumps({"run": run, "base": {"loss": 3.0, "perplexity": 20.1}, "tuned": {"loss": 2.0, "perplexity": 7.4}}))
+        (root / "report.json").write_text(json.dumps({
+            "run": run, "base": {"loss": 3.0, "perplexity": 20.1}, "tuned": {"loss": 2.0, "perplexity": 7.4}}))
 
 
 @pytest.fixture
@@ -120,7 +121,8 @@ class Running:
     async def __aenter__(self) -> Running:
         self._events: asyncio.Queue[Any] = asyncio.Queue()
         self._said: asyncio.Queue[Any] = asyncio.Queue()
-        self._task = asyncio.create_task(self.app({"type": "lifespan", "asgi": {"version": "3.0"}, "state": {}}, self._events.get, self._said.put))
+        scope = {"type": "lifespan", "asgi": {"version": "3.0"}, "state": {}}
+        self._task = asyncio.create_task(self.app(scope, self._events.get, self._said.put))
         await self._events.put({"type": "lifespan.startup"})
         said = await self._said.get()
         assert said["type"] == "lifespan.startup.complete", said

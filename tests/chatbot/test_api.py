@@ -63,7 +63,8 @@ async def test_base_beside_tuned(storage: Storage, tmp_path: Path) -> None:
     storage.add("demo-0123456789")
     async with Running(make_config(storage, tmp_path, serve={"base": True})) as app:
         await app.ready()
-        tuned, base = [(await app.client.post("/ask", json={"question": "Why?", "max_tokens": 12, "model": m})).json() for m in ("tuned", "base")]
+        tuned, base = [(await app.client.post("/ask", json={"question": "Why?", "max_tokens": 12, "model": m})).json()
+                       for m in ("tuned", "base")]
         assert tuned["answer"] != base["answer"] and base["attribution"]["model"] == "base"
         assert "demo-0123456789:base" in (await app.client.get("/v1/models")).text
 

@@ -20,7 +20,7 @@ from chatbot.engine.local import LocalModel
 from chatbot.engine.sampling import draw, nucleus
 from chatbot.engine.scheduler import Scheduler
 from chatbot.engine.text import StopTexts, TextStream
-from chatbot.errors import Busy, NotReady, UserError
+from chatbot.errors import BusyError, NotReadyError, UserError
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_failure_ends_answers_and_leaves_the_batch_usable(model) -> None:
     batch = Batch(model, streams=2, waiting=2, context=64, prefill=16, graphs=False)
     ends: list[End | Exception] = []
     batch.waiting.append(answer([10**6], 3, [], ends))
-    with pytest.raises(Exception):
+    with pytest.raises(IndexError):
         batch.advance()
     assert isinstance(ends[0], Exception) and batch.idle
     batch.waiting.append(answer([3], 3, [], ends))
@@ -158,7 +158,7 @@ async def test_stream_and_close(models_dir: Path) -> None:
     streams = [model.stream(Request(f"question {i}", max_tokens=100)) for i in range(3)]
     waiting = [asyncio.create_task(anext(s)) for s in streams]
     await asyncio.sleep(0.05)
-    with pytest.raises(Busy):
+    with pytest.raises(BusyError):
         await anext(model.stream(Request("one too many")))
     await asyncio.gather(*waiting)
     for s in streams:
@@ -169,7 +169,7 @@ async def test_stream_and_close(models_dir: Path) -> None:
         await asyncio.sleep(0.02)
     assert model.batch.idle
     await model.close()
-    with pytest.raises(NotReady):
+    with pytest.raises(NotReadyError):
         await anext(model.stream(Request("gone")))
     model.scheduler.stop()
 
@@ -179,7 +179,7 @@ async def test_closing_the_model_ends_running_answers(models_dir: Path) -> None:
     stream = model.stream(Request("question", max_tokens=400, temperature=1.0))
     await anext(stream)
     await model.close()
-    with pytest.raises(NotReady):
+    with pytest.raises(NotReadyError):
         async for _ in stream:
             pass
     model.scheduler.stop()

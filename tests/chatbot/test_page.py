@@ -1,4 +1,7 @@
-"""The page in a real browser: streaming, stop, retry, guardrail, feedback, side by side, export, phone. Nothing is loaded from elsewhere."""
+"""The page in a real browser: streaming, stop, retry, guardrail, feedback, side by side, export, phone.
+
+Nothing is loaded from elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -35,13 +38,14 @@ def test_page(storage: Storage, tmp_path: Path) -> None:
     shots = Path(os.environ.get("CHATBOT_SCREENSHOTS") or tmp_path)
     port = free_port()
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({
-        "storage": str(storage.root), "serve": {"follow": "latest", "base": True}, "engine": {"threads": 1, "context": 6000, "device": "cpu"},
+        "storage": str(storage.root), "serve": {"follow": "latest", "base": True},
+        "engine": {"threads": 1, "context": 6000, "device": "cpu"},
         "server": {"port": port, "temporary": str(tmp_path / "tmp")}, "records": {"directory": str(tmp_path / "records")},
         "page": {"max_tokens": 5000},
         # A random model writes gibberish and repeats itself; that is not what is tested here.
         "guardrails": {"checks": {"gibberish": {"enabled": False}, "repetition": {"enabled": False}, "rate": {"enabled": False}}}}))
     root = Path(__file__).parents[2]
-    log = open(tmp_path / "log", "w")
+    log = (tmp_path / "log").open("w")
     server = subprocess.Popen([sys.executable, "-m", "chatbot", "serve", "--config", str(tmp_path / "config.yaml")], cwd=root,
                               env={**os.environ, "PYTHONPATH": str(root)}, stdout=log, stderr=log)
     try:

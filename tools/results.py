@@ -76,13 +76,13 @@ def from_pod(namespace: str, run: str) -> dict[str, Any]:
 
 def _main(arguments: argparse.Namespace) -> int:
     if arguments.namespace:
-        found = from_pod(arguments.namespace, arguments.run)
+        found = from_pod(arguments.namespace, arguments.name)
     else:
         runs = Path(arguments.storage or Layout().storage) / "runs"
-        directory = runs / arguments.run if arguments.run else newest(runs)
+        directory = runs / arguments.name if arguments.name else newest(runs)
         if not directory.is_dir():
             known = ", ".join(sorted(p.name for p in runs.glob("*"))) or "none"
-            raise OperatorError(f"{runs} has no run {arguments.run}. There are: {known}.")
+            raise OperatorError(f"{runs} has no run {arguments.name}. There are: {known}.")
         found = results(directory)
     print(json.dumps(found, indent=1, ensure_ascii=False))
     return 0
@@ -91,7 +91,7 @@ def _main(arguments: argparse.Namespace) -> int:
 def add_parser(commands: Any) -> None:
     """Add the command `results`."""
     command = commands.add_parser("results", help="the figures of the last run's report as one JSON object")
-    command.add_argument("--run", default="", help="id of the run (default: the newest)")
+    command.add_argument("--run", dest="name", default="", metavar="ID", help="id of the run (default: the newest)")
     command.add_argument("--storage", default="", help="directory of the shared storage (default: the local environment's)")
     command.add_argument("--namespace", default="", help="read through a pod of this namespace instead")
     command.set_defaults(run=_main)

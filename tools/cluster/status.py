@@ -154,12 +154,13 @@ def _unix(stamp: str) -> float:
     return datetime.fromisoformat(stamp.replace("Z", "+00:00")).timestamp() if stamp else time.time()
 
 
-def chatbot_ready(settings: Settings) -> bool:
-    """Whether the chatbot says that it can answer."""
+def served_run(settings: Settings) -> str:
+    """Id of the run that the chatbot answers with; empty while it cannot answer."""
     try:
-        return httpx.get(f"http://127.0.0.1:{settings.chatbot_port}/readyz", timeout=5).status_code == 200
-    except httpx.HTTPError:
-        return False
+        answer = httpx.get(f"http://127.0.0.1:{settings.chatbot_port}/v1/models", timeout=5)
+        return str(answer.json()["data"][0]["attribution"]["run"]) if answer.status_code == 200 else ""
+    except (httpx.HTTPError, ValueError, LookupError, TypeError):
+        return ""
 
 
 def text(api: client.ApiClient, layout: Layout, settings: Settings) -> str:

@@ -222,7 +222,8 @@ class Up:
         """Wait until the chatbot answers with the run's model."""
         deadline = time.monotonic() + 600
         waited = False
-        while not status.chatbot_ready(self.settings):
+        expected = self.expected_run()
+        while status.served_run(self.settings) != expected:
             waited = True
             say("loading the model")
             if time.monotonic() > deadline:

@@ -38,6 +38,8 @@ LINT = [
     Check("environments", ["tools", "-m", "tools", "environments", "check"]),
 ]
 UNIT = [
+    # Builds helm if it is missing, and copies the operator's CRDs: the tests below need both.
+    Check("chart package", ["tools", "-m", "tools", "charts"]),
     Check("tools", _pytest("tools", "tests/tools")),
     Check("charts", _pytest("tools", "tests/charts")),
     Check("trainer", _pytest("trainer", "tests/trainer")),

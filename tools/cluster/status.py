@@ -191,7 +191,8 @@ def text(api: client.ApiClient, layout: Layout, settings: Settings) -> str:
     lines.append("URLs")
     for name, port in (("chatbot", settings.chatbot_port), ("Ray dashboard", settings.dashboard_port)):
         lines.append(f"  {name:22} http://localhost:{port} {'' if listens('127.0.0.1', port) else '(nothing listens)'}")
-    lines.append(f"  {'dashboard token':22} kubectl -n {namespace('local')} get secret llm-finetune -o jsonpath={{.data.auth_token}} | base64 -d")
+    token = f"kubectl -n {namespace('local')} get secret llm-finetune -o jsonpath={{.data.auth_token}} | base64 -d"
+    lines.append(f"  {'dashboard token':22} {token}")
     free = shutil.disk_usage(layout.cache).free / 2**30
     lines.append(f"Storage                  {layout.storage}, {free:.0f} GiB free; logs in {layout.logs}")
     return "\n".join(lines)

@@ -49,13 +49,15 @@ def test_the_report_is_whole(environment, layout):
     assert "http://" not in html.replace("http://www.w3.org", ""), "the report must not ask for anything from outside"
 
 
-def test_the_chatbot_answers_with_the_tuned_model(environment, settings):
+def test_the_chatbot_answers_with_a_finished_run(layout, settings):
     answer = httpx.post(f"http://127.0.0.1:{settings.chatbot_port}/ask", timeout=180,
                         json={"question": "Does exercise lower blood pressure?"})
     assert answer.status_code == 200, answer.text
     body = answer.json()
     assert body["answer"].strip()
-    assert environment().run.name in json.dumps(body), "the answer does not say which run it comes from"
+    # The local environment follows the newest finished run, whichever it is; the answer must say which.
+    finished = [path.parent.name for path in (layout.storage / "runs").glob("*/report.json")]
+    assert any(name in json.dumps(body) for name in finished), "the answer does not say which run it comes from"
 
 
 def test_both_pages_open(settings):

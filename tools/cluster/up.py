@@ -222,8 +222,7 @@ class Up:
         """Wait until the chatbot answers with the run's model."""
         deadline = time.monotonic() + 600
         waited = False
-        expected = self.expected_run()
-        while status.served_run(self.settings) != expected:
+        while not status.served_run(self.settings):
             waited = True
             say("loading the model")
             if time.monotonic() > deadline:

@@ -115,10 +115,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         began = time.monotonic()
         log = Path(options.log) if options.log else storage / "log"
         with open(log, "a") as file:
-            done = subprocess.run([sys.executable, "-m", "trainer", "train", "--config", str(storage / "run.yaml")], cwd=REPOSITORY,
-                                  stdout=file, stderr=subprocess.STDOUT, timeout=options.timeout, check=False)
+            try:
+                code = subprocess.run([sys.executable, "-m", "trainer", "train", "--config", str(storage / "run.yaml")], cwd=REPOSITORY,
+                                      stdout=file, stderr=subprocess.STDOUT, timeout=options.timeout, check=False).returncode
+            except subprocess.TimeoutExpired:
+                code = 124  # what was measured until then still counts
         case = {k: v for k, v in vars(options).items() if k not in ("out", "scratch", "log", "timeout")}
-        result: dict[str, Any] = {"case": case, "exit": done.returncode, "wall_seconds": round(time.monotonic() - began, 1)}
+        result: dict[str, Any] = {"case": case, "exit": code, "wall_seconds": round(time.monotonic() - began, 1)}
         metrics = run / "metrics.jsonl"
         lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
         steady = lines[options.warm:]
@@ -131,7 +134,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 "seconds": {k: round(statistics.median(line["seconds"].get(k, 0.0) for line in steady), 5) for k in steady[-1]["seconds"]},
                 "first_step_seconds_after_start": round(lines[0]["time"] - (time.time() - (time.monotonic() - began)), 1),
                 "loss": [round(lines[0]["loss"], 4), round(lines[-1]["loss"], 4)], "steps": len(lines)}
-        if done.returncode != 0:
+            usual = statistics.median(sum(line["seconds"].values()) for line in steady)
+            saves = [line for line in steady if line["seconds"].get("checkpoint", 0.0) > 0.01]
+            told = [line for line in log.read_text(errors="replace").splitlines() if "heckpoint of step" in line]
+            result["checkpoint"] = {
+                "held_seconds": round(max((line["seconds"]["checkpoint"] for line in saves), default=0.0), 3),
+                "slowest_step_beyond_usual": round(max(sum(line["seconds"].values()) for line in steady) - usual, 3),
+                "lost_seconds": round(sum(max(0.0, sum(line["seconds"].values()) - usual) for line in steady), 3),
+                "saved": [line.split(") ", 1)[-1][:160] for line in told]}
+        if code != 0:
             result["log_end"] = log.read_text(errors="replace")[-3000:]
         gpu = run / "gpu.csv"
         if gpu.exists():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import base64
 import copy
+import fnmatch
 import json
 import secrets
 import sys
@@ -47,7 +48,7 @@ class Site:
     chart_url: str
     """oci://<registry>/<path>/llm-finetune"""
     environments: Sequence[str]
-    """Folders of environments/ that live on this cluster."""
+    """Folders of environments/ that live on this cluster, or patterns of them (`team-*`)."""
     git_revision: str = "HEAD"
     """Branch that is deployed."""
     plain_http: bool = False
@@ -64,6 +65,10 @@ class Site:
             raise OperatorError(f"The chart's URL {self.chart_url!r} is not usable. Give oci://<registry>/<path>/llm-finetune.")
         if not self.environments or not all(e and "," not in e and e == e.strip() for e in self.environments):
             raise OperatorError(f"The environments {list(self.environments)} are not usable. Name at least one folder of environments/.")
+        for one in self.environments:
+            if twice := [o for o in self.environments if o is not one and fnmatch.fnmatchcase(one, o)]:
+                raise OperatorError(f"The environments {list(self.environments)} are not usable: {one} is also one of {twice[0]}, and an "
+                                    f"environment that is found twice stops the ApplicationSet. Leave one of the two out.")
 
 
 def read_manifests(path: Path) -> list[Manifest]:
@@ -113,6 +118,11 @@ def site_manifests(site: Site) -> list[Manifest]:
     in it; elsewhere they must be applied with a field manager of their own, or the installation's keys would be taken away.
     """
     return [project(site), repository_secret(site), cluster_secret(site), *read_manifests(ARGOCD / "applicationset.yaml")]
+
+
+def deployed(annotation: str, environment: str) -> bool:
+    """Whether an environment is one of those that a cluster's annotation `environments` names, as the ApplicationSet reads it."""
+    return any(fnmatch.fnmatchcase(environment, pattern.strip()) for pattern in annotation.split(","))
 
 
 def new_secrets(existing: Mapping[str, str]) -> dict[str, str]:
@@ -221,7 +231,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--git-url", required=True, help="this repository, as Argo CD reaches it")
     parser.add_argument("--git-revision", default="HEAD", help="branch that is deployed (default: the default branch)")
     parser.add_argument("--chart-url", required=True, help="oci://<registry>/<path>/llm-finetune")
-    parser.add_argument("--environments", required=True, help="comma-separated folders of environments/ on this cluster")
+    parser.add_argument("--environments", required=True, help="comma-separated folders of environments/ on this cluster, "
+                        "or patterns of them (team-*)")
     parser.add_argument("--plain-http", action="store_true", help="the registry speaks HTTP without TLS")
     parser.add_argument("--server", default=Site.server, help="address of the cluster's API (default: the one Argo CD runs in)")
     parser.add_argument("--name", default=Site.name, help="the cluster's name in Argo CD")

@@ -45,15 +45,16 @@ UNIT = [
     Check("trainer", _pytest("trainer", "tests/trainer")),
     Check("chatbot", _pytest("chatbot", "tests/chatbot")),
 ]
-CLUSTER = [
-    Check("local cluster up", ["tools", "-m", "tools", "up"]),
-    Check("end to end", _pytest("tools", "tests/e2e")),
-]
-SUITES = {"lint": LINT, "fast": [*LINT, *UNIT], "all": [*LINT, *UNIT, *CLUSTER], "e2e": CLUSTER}
+END_TO_END = Check("end to end", _pytest("tools", "tests/e2e"))
+CLUSTER = [Check("local cluster up", ["tools", "-m", "tools", "up"]), END_TO_END]
+# From no cluster to none: `make up` interrupted and repeated, what runs on it, and what `make down` leaves.
+HOST = [Check("up, interrupted", _pytest("tools", "tests/host/test_up.py")), END_TO_END,
+        Check("down", _pytest("tools", "tests/host/test_down.py"))]
+SUITES = {"lint": LINT, "fast": [*LINT, *UNIT], "all": [*LINT, *UNIT, *HOST], "e2e": CLUSTER}
 NOT_RUN = {
     "lint": "tests (make test)",
-    "fast": "end-to-end tests on the local cluster (make test), slow tests (make test-slow)",
-    "all": "slow tests (make test-slow), fault tests (make chaos), benchmarks (benchmarks/)",
+    "fast": "end-to-end tests on the local cluster (make test)",
+    "all": "benchmarks (benchmarks/)",
     "e2e": "lint and unit tests (make test-fast)",
 }
 

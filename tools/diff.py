@@ -180,8 +180,7 @@ class Live:
         secrets = self.core.list_namespaced_secret(argocd.NAMESPACE, label_selector=f"{argocd.LABEL_ENABLED}=true").items
         for secret in secrets:
             annotations = (secret.metadata and secret.metadata.annotations) or {}
-            listed = [e.strip() for e in annotations.get(argocd.ANNOTATION + "environments", "").split(",")]
-            if environment in listed:
+            if argocd.deployed(annotations.get(argocd.ANNOTATION + "environments", ""), environment):
                 return dict(json.loads(annotations.get(argocd.ANNOTATION + "images", "{}")))
         return {}
 

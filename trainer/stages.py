@@ -7,6 +7,7 @@ that the driver stays small.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -20,6 +21,7 @@ import yaml
 from trainer.config import Config, parse, to_dict
 from trainer.errors import UserError
 from trainer.files import read_manifest, require_manifest, write_atomic
+from trainer.memory import release
 from trainer.paths import RunPaths
 from trainer.train.progress import Progress
 
@@ -108,6 +110,7 @@ def work(config: Config, stages: Sequence[str], device: torch.device, *, local_r
     try:
         if "train" in stages and not _agreed(ranks, lambda: "export" in stages and _exported(paths)):
             summary = train(config, paths, ranks, device, gauges=gauges, report=report)
+            release()  # the stages that follow need the memory
         if "export" in stages:
             _on_first(ranks, progress, "export", lambda p: _export(config, paths, p))
         if "evaluate" in stages:
@@ -161,8 +164,9 @@ def train(config: Config, paths: RunPaths, ranks: Ranks, device: torch.device, *
         Progress(paths.progress).update("train", 0.0, "loading the model")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     began = time.monotonic()
-    with stop.watching() as asked:
+    with stop.watching() as asked, contextlib.ExitStack() as at_end:
         engine = make_engine(config, device, ranks.rank, ranks.world)
+        at_end.callback(engine.close)
         checkpointer = Checkpointer(paths.checkpoints, config.run.checkpoint, digest, engine)
         saved = restore(paths.checkpoints, digest, engine, ranks)
         devices = ranks.gather_objects(name)

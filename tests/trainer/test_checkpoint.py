@@ -83,8 +83,7 @@ def test_ranges_and_types(tmp_path, dtype):
                   Piece(f"weights/odd{rank}", (3, 1), 0, torch.full((3,), rank, dtype=torch.uint8))]
         layout = tensors.Layout(pieces, {})
         buffer = torch.empty(layout.size, dtype=torch.uint8)
-        for i, entry in layout.entries:
-            layout.view(buffer, entry).copy_(pieces[i].tensor)
+        layout.copy(pieces, buffer, 0)
         size, digest = tensors.write(tmp_path / "step-1" / f"rank-{rank:05d}.safetensors", layout.header, [buffer])
         files[f"rank-{rank:05d}.safetensors"] = {"size": size, "sha256": digest.hex()}
     (tmp_path / "step-1" / "state.json").write_text('{"step": 1}')
@@ -132,8 +131,24 @@ def test_host_buffer_is_reused(tmp_path):
     for step in (1, 2, 3):
         checkpointer.save(step, STATE)
         checkpointer.wait()
-        places.add(checkpointer._buffer.data_ptr())
+        places.add(checkpointer._blocks[0].data_ptr())
     assert len(places) == 1
+
+
+@pytest.mark.parametrize("block", [1, 24, 100, 1000, 1 << 20])
+def test_blocks_hold_the_same_bytes_wherever_they_are_cut(tmp_path, monkeypatch, block):
+    """In blocks for everything, and through two blocks as from a GPU when the host has no room."""
+    monkeypatch.setattr(saver, "BLOCK", block)
+    engine = tiny.TinyEngine(1, 0, 1)
+    pieces = engine.pieces()[:3]
+    layout = tensors.Layout(pieces, {})
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig(), "d", engine)
+    expected = b"".join(pieces[i].tensor.contiguous().view(torch.uint8).numpy().tobytes() for i, _ in layout.entries)
+    for hold in (True, False):
+        assert b"".join(b.numpy().tobytes() for b in checkpointer._copy(layout, pieces, None, hold)) == expected
+        assert bool(checkpointer._blocks) is not hold, "a state that stands still is not copied"
+    checkpointer._blocks = checkpointer._blocks[:2]
+    assert b"".join(b.numpy().tobytes() for b in checkpointer._staged(layout, pieces)) == expected
 
 
 def test_without_room_for_a_copy_the_update_waits_for_the_file(tmp_path, monkeypatch):
@@ -154,7 +169,7 @@ def test_without_room_for_a_copy_the_update_waits_for_the_file(tmp_path, monkeyp
     go.set()
     thread.join(10)
     checkpointer.wait()
-    assert updated and checkpointer._buffer.numel() == 0
+    assert updated and not checkpointer._blocks
     _, other = restored(tmp_path)
     assert all(torch.equal(a, b) for a, (_, b) in zip(before, other._state(), strict=True))
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tools import shell
-from tools.cluster import daemons, kubernetes, network
+from tools.cluster import daemons, host, kubernetes, network
 from tools.cluster.preflight import ours
 from tools.cluster.settings import Settings
 from tools.layout import Layout
@@ -34,6 +34,7 @@ def down(layout: Layout, settings: Settings) -> bool:
     for link in _pod_links():
         shell.output(["ip", "link", "delete", link], env=layout.environment())
     _remove_cgroups()
+    host.restore(layout, settings.name)
     for path in (kubernetes.ETC, kubernetes.KUBELET, Path("/var/log/containers"), layout.runtime, layout.state):
         shutil.rmtree(path, ignore_errors=False) if path.exists() else None
     return True

@@ -1,10 +1,50 @@
-"""What this host is: init system, cgroups, capabilities."""
+"""What this host is (init system, cgroups, capabilities), and what programs of the cluster change of it without being asked."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
+from tools.layout import Layout
+
 CAP_SYS_RESOURCE = 24
+KERNEL = Path("/proc/sys")
+SETTINGS = ("net/ipv4/ip_forward", "vm/overcommit_memory", "vm/panic_on_oom", "kernel/panic", "kernel/panic_on_oops",
+            "kernel/keys/root_maxkeys", "kernel/keys/root_maxbytes")
+"""What the kubelet sets as it starts (its ContainerManager), and forwarding."""
+FOLDERS = ("/etc/cni", "/var/lib/cni", "/run/containerd")
+"""Where the CNI plugins and the container runtime's shims write whatever folders they are given."""
+OWN_RESULTS = "/var/lib/cni/results"
+
+
+def record(layout: Layout) -> None:
+    """Write down, before the first change, what `restore` sets back. Does nothing if it is written."""
+    path = layout.state / "host.json"
+    if not path.exists():
+        settings = {name: (KERNEL / name).read_text() for name in SETTINGS if (KERNEL / name).exists()}
+        temporary = path.with_suffix(".new")
+        temporary.write_text(json.dumps({"settings": settings, "folders": [f for f in FOLDERS if Path(f).exists()]}))
+        temporary.rename(path)
+
+
+def restore(layout: Layout, network: str) -> None:
+    """Set the kernel's settings back and remove what was written into folders of others. Safe to repeat.
+
+    `network`: name of our CNI network; where the host had such a folder before, only that network's files go.
+    """
+    path = layout.state / "host.json"
+    if not path.exists():
+        return
+    before = json.loads(path.read_text())
+    for name, value in before["settings"].items():
+        if (KERNEL / name).read_text() != value:
+            (KERNEL / name).write_text(value)
+    for folder in FOLDERS:
+        if folder not in before["folders"] and Path(folder).exists():
+            shutil.rmtree(folder)
+    for result in Path(OWN_RESULTS).glob(f"{network}-*"):
+        result.unlink()
 
 
 def systemd() -> bool:

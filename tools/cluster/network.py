@@ -29,9 +29,6 @@ def up(layout: Layout, settings: Settings) -> None:
         shell.output(["ip", "link", "add", settings.link, "type", "bridge"], env=env)
     shell.output(["ip", "address", "replace", f"{settings.address}/24", "dev", settings.link], env=env)
     shell.output(["ip", "link", "set", settings.link, "up"], env=env)
-    before = layout.state / "ip_forward.before"
-    if not before.exists():
-        before.write_text(FORWARDING.read_text())
     FORWARDING.write_text("1\n")
     inside = f"{{ {settings.node_network}, {settings.pod_network}, {settings.service_network} }}"
     shell.output(["nft", "-f", "-"], env=env, stdin=f"""
@@ -47,7 +44,7 @@ table ip {TABLE} {{
 
 
 def down(layout: Layout, settings: Settings) -> None:
-    """Remove what `up` and kube-proxy made, and set forwarding back. Safe to repeat."""
+    """Remove what `up` and kube-proxy made. Safe to repeat."""
     env = layout.environment()
     tables = shell.output(["nft", "-j", "list", "tables"], env=env)
     for entry in json.loads(tables)["nftables"]:
@@ -56,10 +53,6 @@ def down(layout: Layout, settings: Settings) -> None:
             shell.output(["nft", "delete", "table", table["family"], table["name"]], env=env)
     if Path(f"/sys/class/net/{settings.link}").exists():
         shell.output(["ip", "link", "delete", settings.link], env=env)
-    before = layout.state / "ip_forward.before"
-    if before.exists():
-        FORWARDING.write_text(before.read_text())
-        before.unlink()
 
 
 def pod_network(layout: Layout, settings: Settings) -> Path:

@@ -15,7 +15,7 @@ import yaml
 from kubernetes import client
 
 from tools import argocd, charts, environments, images, runid, shell
-from tools.cluster import debian, kubernetes, model, network, preflight, registry, sources, status
+from tools.cluster import debian, host, kubernetes, model, network, preflight, registry, sources, status
 from tools.cluster.settings import Settings
 from tools.errors import OperatorError
 from tools.layout import Layout
@@ -146,7 +146,7 @@ class Up:
         s = self.settings
         trainer, chatbot, operator = (self.digests[n] for n in ("trainer", "chatbot", "kuberay-operator"))
         return argocd.Site(
-            git_url=s.git_url, chart_url=f"oci://{s.registry}/charts/llm-finetune", environments=[ENVIRONMENT],
+            git_url=s.git_url, chart_url=f"oci://{s.registry}/charts/llm-finetune", environments=[ENVIRONMENT, f"{ENVIRONMENT}-*"],
             git_revision=registry.BRANCH, plain_http=True,
             images={"trainer": {"repository": f"{s.registry}/llm-finetune/trainer", "digest": trainer},
                     "chatbot": {"repository": f"{s.registry}/llm-finetune/chatbot", "digest": chatbot},
@@ -249,6 +249,7 @@ def up(layout: Layout, settings: Settings) -> None:
     (layout.state / "made-by-llm-finetune").write_text("`make down` removes this folder.\n")
     begin = time.monotonic()
     with only_one(layout):
+        host.record(layout)
         Runner(layout.cache / "timings.json").run(Up(layout, settings).steps(), at_once=2)
     print(status.text(kubernetes.api_client(layout), layout, settings))
     print(f"""

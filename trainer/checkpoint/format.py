@@ -10,11 +10,14 @@ shapes of the whole tensors.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
+import itertools
 import json
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,7 +60,7 @@ class Entry:
 
 
 class Layout:
-    """Where each piece of a rank lies in its file's data part, and so in the host buffer of the same size."""
+    """Where each piece of a rank lies in its file's data part, and so in the host blocks that hold it."""
 
     def __init__(self, pieces: Sequence[Piece], metadata: dict[str, str]) -> None:
         owned = [i for i, piece in enumerate(pieces) if piece.owned and piece.tensor.numel()]
@@ -86,28 +89,39 @@ class Layout:
         text += b" " * (-len(text) % 8)
         self.header = len(text).to_bytes(8, "little") + text
 
-    def view(self, buffer: torch.Tensor, entry: Entry) -> torch.Tensor:
-        """The entry's elements inside a buffer (uint8, `size` long)."""
-        return buffer[entry.offset:entry.offset + entry.count * entry.dtype.itemsize].view(entry.dtype)
+    def copy(self, pieces: Sequence[Piece], block: torch.Tensor, begin: int) -> None:
+        """Fill `block` (uint8) with the bytes of the data part from `begin` on. From a GPU without waiting: on the current stream."""
+        end = begin + block.numel()
+        at = bisect.bisect_right(self.entries, begin, key=lambda e: e[1].offset) - 1
+        for i, entry in self.entries[max(at, 0):]:
+            if entry.offset >= end:
+                break
+            raw = pieces[i].tensor.detach().contiguous().view(torch.uint8)
+            first, last = max(begin, entry.offset), min(end, entry.offset + raw.numel())
+            if first < last:
+                block[first - begin:last - begin].copy_(raw[first - entry.offset:last - entry.offset], non_blocking=True)
 
 
-def write(path: Path, header: bytes, parts: Sequence[torch.Tensor]) -> tuple[int, bytes]:
+def write(path: Path, header: bytes, parts: Iterable[torch.Tensor]) -> tuple[int, bytes]:
     """Write header and parts (CPU, uint8, one after another) to a new file and sync it. Returns its size and sha256 digest. Raises OSError.
 
-    The pages are dropped from the page cache afterwards: a checkpoint is read seldom, and the cache is better used for the shards.
+    A part may be used again by the iterable when the next is asked for. One thread hashes what another writes. The pages are dropped
+    from the page cache afterwards: a checkpoint is read seldom, and the cache is better used for the shards.
     """
     digest = hashlib.sha256()
     size = 0
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     try:
-        for part in (memoryview(header), *(memoryview(p.numpy().data) for p in parts if p.numel())):
-            size += len(part)
-            for at in range(0, len(part), BLOCK):
-                block = part[at:at + BLOCK]
-                digest.update(block)
-                done = 0
-                while done < len(block):
-                    done += os.write(descriptor, block[done:])
+        with ThreadPoolExecutor(1, thread_name_prefix="checkpoint-sha256") as hashing:
+            for part in itertools.chain([memoryview(header)], (memoryview(p.numpy().data) for p in parts if p.numel())):
+                size += len(part)
+                for at in range(0, len(part), BLOCK):
+                    block = part[at:at + BLOCK]
+                    hashed = hashing.submit(digest.update, block)
+                    done = 0
+                    while done < len(block):
+                        done += os.write(descriptor, block[done:])
+                    hashed.result()
         os.fsync(descriptor)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:

@@ -1,10 +1,10 @@
 """Saving while training goes on, and restoring.
 
-A save copies this rank's pieces into one reused host buffer (pinned, on a stream of its own, if they lie on a GPU) and returns; a
-background thread writes and syncs the rank's file. Where the pieces lie in host memory and there is no room for a second copy, they
-are written from where they are, and the next update waits for that. The threads then tell each other how it went, over a group of
-their own, and rank 0 writes state and manifest and renames the temporary directory. Until the rename nothing is visible under the
-checkpoint's name; after a failure on any rank the temporary directory is removed and the older checkpoints stay as they are.
+A save copies this rank's pieces into reused host blocks (pinned, on a stream of its own, if they lie on a GPU) and returns; a
+background thread writes and syncs the rank's file. Where the host has no room for a whole copy, pieces in host memory are written from
+where they are, pieces on a GPU through two blocks, and the next update waits for that. The threads then tell each other how it went,
+over a group of their own, and rank 0 writes state and manifest and renames the temporary directory. Until the rename nothing is visible
+under the checkpoint's name; after a failure on any rank the temporary directory is removed and the older checkpoints stay as they are.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,12 @@ OK, NO_ROOM, FAILED = 0, 1, 2
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 CGROUP = Path("/sys/fs/cgroup")
+
+BLOCK = 1 << 28
+"""Bytes of a host block. A power of two, to which torch rounds pinned allocations up: one buffer of 81 GB would pin 128 GiB."""
+
+HOST_RESERVE = 8 << 30
+"""Bytes of host memory that a pinned copy of the state leaves to the rest: data, page cache, the other processes of the pod."""
 
 SPARE = 64 << 20
 """Bytes that a save leaves free on the storage, for metrics, progress and the manifest."""
@@ -72,12 +78,17 @@ class Checkpointer:
             store.sweep(directory)
         # A name of this attempt's own: what a lost attempt's process may still write never lands in this attempt's directories.
         self._attempt = f"{self._ranks.from_first([secrets.randbits(48)])[0]:012x}"
-        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._blocks: list[torch.Tensor] = []
         self._stream = torch.cuda.Stream(engine.device) if engine.device.type == "cuda" else None
         self._copied = threading.Event()
         self._copied.set()
         self._copied_event: torch.cuda.Event | None = None
         self._thread: threading.Thread | None = None
+        self._reserving: threading.Thread | None = None
+        if self._stream is not None:  # pinning memory takes seconds, which pass while the first steps compile
+            size = Layout(engine.pieces(), {}).size
+            self._reserving = threading.Thread(target=self._reserve, args=(size, True), name="checkpoint-memory", daemon=True)
+            self._reserving.start()
         self._outcomes: list[Outcome] = []
 
     @property
@@ -97,10 +108,11 @@ class Checkpointer:
             torch.cuda.current_stream(self.engine.device).wait_event(self._copied_event)
             self._copied_event = None
 
-    def save(self, step: int, state: dict[str, Any]) -> None:
+    def save(self, step: int, state: dict[str, Any], hold: bool = False) -> None:
         """Begin to save the state after `step` steps. `state` is JSON: planner, metrics, and whatever the loop needs to go on.
 
-        Returns at once. Raises RuntimeError if the save before has not ended: ask `busy` on every rank first.
+        `hold`: the state does not change until the save has ended, so host memory is not copied. Returns at once. Raises RuntimeError if
+        the save before has not ended: ask `busy` on every rank first.
         """
         if self.busy:
             raise RuntimeError("a save is still being written")
@@ -108,7 +120,8 @@ class Checkpointer:
         ready = torch.cuda.current_stream(self.engine.device).record_event() if self._stream is not None else None
         self._copied.clear()
         document = {"step": step, "world": self._ranks.world, "config_sha256": self.config_sha256, "time": time.time(), **state}
-        self._thread = threading.Thread(target=self._run, args=(step, pieces, document, ready), name=f"checkpoint-{step}", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(step, pieces, document, ready, hold), name=f"checkpoint-{step}",
+                                        daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
@@ -116,13 +129,14 @@ class Checkpointer:
         if self._thread is not None:
             self._thread.join()
 
-    def _run(self, step: int, pieces: Sequence[Piece], state: dict[str, Any], ready: torch.cuda.Event | None) -> None:
+    def _run(self, step: int, pieces: Sequence[Piece], state: dict[str, Any], ready: torch.cuda.Event | None,
+             hold: bool) -> None:
         began = time.monotonic()
         size = 0
         try:
             layout = Layout(pieces, {"step": str(step), "rank": str(self._ranks.rank)})
             size = layout.size
-            parts = self._copy(layout, pieces, ready)
+            parts = self._copy(layout, pieces, ready, hold)
             saved, message = self._write(step, layout, parts, state)
         except Exception as error:  # a lost rank, or a fault of this code: the loop hears of it as of any failed save
             log.exception("Saving step %d failed", step)
@@ -131,32 +145,75 @@ class Checkpointer:
             self._copied.set()
         self._outcomes.append(Outcome(step, saved, message, size, time.monotonic() - began))
 
-    def _copy(self, layout: Layout, pieces: Sequence[Piece], ready: torch.cuda.Event | None) -> list[torch.Tensor]:
-        """The pieces' bytes in the layout's order: in the host buffer, or where they are. Returns when they are there.
+    def _copy(self, layout: Layout, pieces: Sequence[Piece], ready: torch.cuda.Event | None, hold: bool) -> Iterable[torch.Tensor]:
+        """The pieces' bytes in the layout's order: from host blocks that hold them all, from where they are, or through two blocks.
 
-        `before_update` may go on as soon as the copies are made (on a GPU: issued), or, without a buffer, when the file is written.
+        `before_update` may go on as soon as the copies into the blocks are made (on a GPU: issued); otherwise, when the file is written.
         """
-        tensors_ = {i: pieces[i].tensor.detach() for i, _ in layout.entries}
-        on_gpu = any(t.is_cuda for t in tensors_.values())
-        if self._buffer.numel() != layout.size:
-            self._buffer = torch.empty(0, dtype=torch.uint8)
-            if on_gpu or host_memory_free() > 2 * layout.size + SPARE:
-                self._buffer = torch.empty(layout.size, dtype=torch.uint8, pin_memory=on_gpu)
-        if self._buffer.numel() != layout.size:
-            return [tensors_[i].contiguous().view(torch.uint8) for i, _ in layout.entries]
-        with torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext():
+        on_gpu = any(pieces[i].tensor.is_cuda for i, _ in layout.entries)
+        if self._reserving is not None:
+            self._reserving.join()
+        whole = (on_gpu or not hold) and self._reserve(layout.size, on_gpu)
+        if not whole and not on_gpu:
+            return [pieces[i].tensor.detach().contiguous().view(torch.uint8) for i, _ in layout.entries]
+        with self._on_stream():
             if self._stream is not None and ready is not None:
                 self._stream.wait_event(ready)
-            for i, entry in layout.entries:
-                layout.view(self._buffer, entry).copy_(tensors_[i], non_blocking=True)
+        if not whole:
+            return self._staged(layout, pieces)
+        with self._on_stream():
+            for at, block in zip(range(0, layout.size, BLOCK), self._blocks, strict=True):
+                layout.copy(pieces, block, at)
             copied = self._stream.record_event() if self._stream is not None else None
         self._copied_event = copied
         self._copied.set()
         if copied is not None:
             copied.synchronize()
-        return [self._buffer]
+        return self._blocks
 
-    def _write(self, step: int, layout: Layout, data: list[torch.Tensor], state: dict[str, Any]) -> tuple[bool, str]:
+    def _reserve(self, size: int, on_gpu: bool) -> bool:
+        """Make the host blocks: for all of the bytes if the host has room (True), else two, where they lie on a GPU."""
+        sizes = [min(BLOCK, size - at) for at in range(0, size, BLOCK)]
+        if [b.numel() for b in self._blocks] == sizes:
+            return True
+        self._blocks = []
+        # Without a GPU the copy lies beside the state in the same memory, and training goes on in what is left.
+        whole = host_memory_free() > (size + HOST_RESERVE if on_gpu else 2 * size + SPARE)
+        if not whole and not on_gpu:
+            return False
+        if not whole:
+            log.warning("The host has no room for a copy of the state (%.1f GB of %.1f GB are free): training stands still while a "
+                        "checkpoint is written. Give the workers more memory.", host_memory_free() / 1e9, size / 1e9)
+        for block in sizes if whole else sizes[:2]:
+            self._blocks.append(torch.empty(block, dtype=torch.uint8, pin_memory=on_gpu))
+        return whole
+
+    def _staged(self, layout: Layout, pieces: Sequence[Piece]) -> Iterator[torch.Tensor]:
+        """The bytes, block after block; the next is copied while one is written."""
+        copied: list[torch.cuda.Event | None] = [None, None]
+
+        def begin(index: int) -> torch.Tensor:
+            at = index * BLOCK
+            block = self._blocks[index % 2][:min(BLOCK, layout.size - at)]
+            with self._on_stream():
+                layout.copy(pieces, block, at)
+                copied[index % 2] = self._stream.record_event() if self._stream is not None else None
+            return block
+
+        count = -(-layout.size // BLOCK)
+        following = begin(0)
+        for index in range(count):
+            block, event = following, copied[index % 2]
+            if index + 1 < count:
+                following = begin(index + 1)
+            if event is not None:
+                event.synchronize()
+            yield block
+
+    def _on_stream(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext()
+
+    def _write(self, step: int, layout: Layout, data: Iterable[torch.Tensor], state: dict[str, Any]) -> tuple[bool, str]:
         ranks = self._ranks
         temporary = self.directory / f".step-{step}.{self._attempt}"
         name = f"rank-{ranks.rank:05d}.safetensors"

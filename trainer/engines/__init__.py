@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -21,17 +19,8 @@ def make_engine(config: Config, device: torch.device, rank: int, world: int, tok
     `micro_batch`: most tokens of this rank's micro-batches (default: run.train.micro_batch_tokens); decides `checkpointing: auto`.
     """
     from trainer.engines.choose import choose
+    from trainer.memory import release
 
     engine = choose(config, device, rank, world, tokens, micro_batch)
-    if device.type == "cpu":
-        _return_memory()
+    release()
     return engine
-
-
-def _return_memory() -> None:
-    """Give what loading has freed back to the system: glibc would keep it (0.6 GiB for a model of 0.5), and the worker's memory
-    limit counts it while it trains."""
-    gc.collect()
-    library = ctypes.CDLL(None)
-    if hasattr(library, "malloc_trim"):  # glibc alone has it
-        library.malloc_trim(0)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -225,7 +226,26 @@ class DeepSpeedEngine(Engine):
             self._zero.update_lp_params()
 
     def close(self) -> None:
+        """DeepSpeed's hooks hold the model through cycles that Python cannot collect: the memory itself is given back."""
+        held = list(_tensors(vars(self._zero), 3)) + list(_tensors(self._adam.state, 3))
+        for parameter in self.model.parameters():
+            held += [parameter.data, *_tensors(vars(parameter), 1), *([parameter.grad] if parameter.grad is not None else [])]
         self.engine.destroy()
+        for storage in (tensor.untyped_storage() for tensor in held):
+            if storage.resizable():  # not memory that came from numpy
+                storage.resize_(0)
+
+
+def _tensors(value: Any, depth: int) -> Iterator[torch.Tensor]:
+    """Tensors in nested containers, `depth` levels deep."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif depth and isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item, depth - 1)
+    elif depth and isinstance(value, list | tuple | set | deque):
+        for item in value:
+            yield from _tensors(item, depth - 1)
 
 
 def _shape(parameter: torch.Tensor) -> tuple[int, ...]:

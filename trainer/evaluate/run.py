@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 import time
@@ -23,6 +22,7 @@ from trainer.evaluate.decisions import chosen
 from trainer.evaluate.rows import CHOICES, Row, held_out, rows_digest, share
 from trainer.evaluate.text import repetition, rouge_l, token_f1
 from trainer.files import directory_digest, require_manifest, write_json
+from trainer.memory import release
 from trainer.model.load import DTYPES, load_model
 from trainer.paths import RunPaths
 
@@ -87,9 +87,7 @@ def evaluate(config: Config, paths: RunPaths, rank: int = 0, world: int = 1, dev
         results[name] = evaluate_model(model, tokenizer, mine, generate, settings.max_new_tokens, stop,
                                        config.run.data.decision, advance) if mine else []
         del model
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        release()
     flagged = sorted(contaminated(rows, training_texts(paths, tokenizer, rank, world)))
     parts = gather({**results, "flagged": flagged})
     if rank != 0:

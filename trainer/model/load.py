@@ -195,13 +195,18 @@ class RandomWeights(Weights):
             return torch.ones(stop - start)
         if name.endswith("bias"):
             return torch.zeros(stop - start)
-        size, parts = math.prod(self.shapes[name]), []
-        for index in range(start // self._block, -(-stop // self._block)):
+        size, out = math.prod(self.shapes[name]), torch.empty(stop - start)
+
+        def draw(index: int) -> None:
             low, high = index * self._block, min((index + 1) * self._block, size)
             generator = torch.Generator().manual_seed((self._seed << 32 | zlib.crc32(f"{name}@{index}".encode())) & (2**63 - 1))
-            block = torch.empty(high - low).normal_(0.0, self._std, generator=generator)
-            parts.append(block[max(start - low, 0):stop - low])
-        return torch.cat(parts) if parts else torch.empty(0)
+            block = torch.empty(high - low).normal_(0.0, self._std, generator=generator)[max(start - low, 0):stop - low]
+            first = max(low - start, 0)
+            out[first:first + block.numel()] = block
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(draw, range(start // self._block, -(-stop // self._block))))
+        return out
 
 
 class ResizedWeights(Weights):

@@ -294,7 +294,7 @@ class Training:
             return f"the held-out loss has not improved for {state.bad_evals} evaluations"
         return ""
 
-    def _save(self) -> None:
+    def _save(self, hold: bool = False) -> None:
         self._flush()  # also refuses to save a state whose loss is not a number
         self._save_wanted, self._saved_at = False, time.monotonic()
         metrics = dict(self.state.metrics)
@@ -302,7 +302,7 @@ class Training:
             metrics.pop("eval_loss", None)
             metrics.pop("perplexity", None)
         state = {"planner": self._data_state, "loop": vars(self.state).copy(), "metrics": metrics, **self._stored}
-        self.checkpointer.save(self.step, state)
+        self.checkpointer.save(self.step, state, hold)
 
     def _outcomes(self) -> None:
         for outcome in self.checkpointer.outcomes():
@@ -316,7 +316,7 @@ class Training:
 
     def _preempted(self) -> None:
         self.checkpointer.wait()
-        self._save()
+        self._save(hold=True)
         self.checkpointer.wait()
         outcome = self.checkpointer.outcomes()[-1]
         how = "its state is saved" if outcome.saved else f"not saved: {outcome.message}"
@@ -330,7 +330,7 @@ class Training:
         for attempt in range(tries):
             self.checkpointer.wait()
             self._outcomes()
-            self._save()
+            self._save(hold=True)
             self.checkpointer.wait()
             self._outcomes()
             if not self._save_failed:

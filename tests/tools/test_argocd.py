@@ -43,7 +43,8 @@ CLUSTER = {"observedGeneration": 1, "desiredWorkerReplicas": 2, "minWorkerReplic
 @pytest.mark.parametrize(("status", "expected", "says"), [
     (None, "Progressing", "operator"),
     ({**CLUSTER, "observedGeneration": 0}, "Progressing", "newest change"),
-    ({**CLUSTER, "conditions": conditions(HeadPodReady="False")}, "Progressing", "head"),
+    ({**CLUSTER, "conditions": conditions(HeadPodReady="False")}, "Progressing", "head is not ready: HeadPodReady message"),
+    ({**CLUSTER, "conditions": [{"type": "HeadPodReady", "status": "False", "message": ""}]}, "Progressing", "head is not ready"),
     ({**CLUSTER, "conditions": conditions(HeadPodReady="True"), "readyWorkerReplicas": 1}, "Progressing", "1 of 2"),
     ({**CLUSTER, "conditions": UP, "readyWorkerReplicas": 2, "state": "ready"}, "Healthy", "2 of 2"),
     ({**CLUSTER, "conditions": UP, "readyWorkerReplicas": 1}, "Progressing", "1 of 2"),
@@ -169,10 +170,17 @@ def test_site_of_the_example() -> None:
 
 
 @pytest.mark.parametrize(("field", "value"), [("chart_url", "registry.example.com/charts/llm-finetune"), ("chart_url", "oci://r/charts"),
-                                              ("environments", []), ("environments", ["dev,staging"])])
+                                              ("environments", []), ("environments", ["dev,staging"]),
+                                              ("environments", ["local", "local*"])])
 def test_site_is_checked(field: str, value: Any) -> None:
     with pytest.raises(OperatorError, match="not usable"):
         argocd.Site(**{**SITE.__dict__, field: value})
+
+
+@pytest.mark.parametrize(("environment", "expected"), [("local", True), ("local-dev", True), ("localhost", False), ("dev", False)])
+def test_environments_of_a_cluster(environment: str, expected: bool) -> None:
+    annotation = argocd.cluster_secret(argocd.Site(**{**SITE.__dict__, "environments": ["local", "local-*"]}))["metadata"]["annotations"]
+    assert argocd.deployed(annotation["llm-finetune/environments"], environment) is expected
 
 
 def test_application_set_reads_what_the_site_writes() -> None:
@@ -181,8 +189,8 @@ def test_application_set_reads_what_the_site_writes() -> None:
     written = set(argocd.cluster_secret(images)["metadata"]["annotations"])
     assert set(re.findall(r'annotations "(llm-finetune/[a-z-]+)"', text)) == written
     template = yaml.safe_load(text)["spec"]["template"]["spec"]
-    assert template["destination"]["namespace"] == environments.namespace("{{ .environment }}")
-    files = [f.removeprefix("$values/environments/{{ .environment }}/") for f in template["sources"][0]["helm"]["valueFiles"]]
+    assert template["destination"]["namespace"] == environments.namespace("{{ .path.basename }}")
+    files = [f.removeprefix("$values/environments/{{ .path.basename }}/") for f in template["sources"][0]["helm"]["valueFiles"]]
     assert tuple(files) == environments.ORDER
     assert template["sources"][0]["helm"]["releaseName"] == environments.RELEASE_NAME
 

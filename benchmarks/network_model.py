@@ -1,8 +1,8 @@
-"""Network and memory on paper: the tables of docs/network.md and docs/models.md, from trainer/plan.
+"""Network and memory on paper: the tables of docs/network.md, docs/models.md and docs/large-models.md, from trainer/plan.
 
     python -m benchmarks.network_model               # print the network tables
     python -m benchmarks.network_model --markdown    # print the model tables (docs/models.md)
-    python -m benchmarks.network_model --write       # renew both documents' tables
+    python -m benchmarks.network_model --write       # renew the documents' tables
 
 Needs no GPU and no network. A test holds the documents to the output.
 """
@@ -17,10 +17,12 @@ from typing import Any
 
 from trainer import config
 from trainer.files import write_atomic
+from trainer.plan import recipes, render
 from trainer.plan.architectures import KNOWN
-from trainer.plan.hardware import GPUS
+from trainer.plan.hardware import GIB, GPUS
 from trainer.plan.network import traffic_of
 from trainer.plan.planner import Plan, plan, smallest
+from trainer.plan.text import data
 from trainer.plan.workload import groups_of, workload_of
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -135,9 +137,33 @@ def cards() -> str:
     return markdown(["GPU", "GiB", "bf16 TFLOP/s", "FP8", "GB/s", "GB/s in the node", "matrix products reach"], rows)
 
 
+LARGE = [name for name in recipes.names() if "-13b-" in name or "-70b-" in name]
+SHOWN = ("llama-2-13b-full", "llama-2-13b-full-mixed", "llama-2-13b-lora", "llama-2-13b-qlora", "llama-2-70b-full",
+         "llama-2-70b-full-mixed-offload", "llama-2-70b-qlora-mixed", "llama-2-70b-lora", "llama-3.1-70b-qlora")
+"""Recipes whose whole plan is in docs/large-models.md."""
+
+
+def overview() -> str:
+    """The recipes for large models: hardware, fullest GPU, speed, storage."""
+    rows = []
+    for name in LARGE:
+        found = plan(recipes.load(name), advise=False)
+        fullest = max(found.groups, key=lambda g: g.memory.total / g.group.memory)
+        rows.append([f"`{name}`", recipes.hardware(found), f"{fullest.memory.total / GIB:.0f} of {fullest.group.memory / GIB:.0f}",
+                     f"{found.tokens_per_second:,.0f}", f"{1e8 / found.tokens_per_second / 3600:.1f}", f"{found.host_bytes / GIB:,.0f}",
+                     data(found.storage_bytes)])
+    return markdown(["recipe", "for", "GiB a GPU", "tokens/s", "h for 100 M tokens", "GiB a host", "storage"], rows)
+
+
+def whole_plan(name: str) -> Callable[[], str]:
+    """What `python -m trainer plan` prints for a recipe."""
+    return lambda: f"```\n{render(plan(recipes.load(name)))}```"
+
+
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "network.md": {"bytes": bytes_a_step, "mixed-100": mixed(100), "bandwidth": by_bandwidth, "large": large},
     "models.md": {"shapes": shapes, "needs": needs, "cards": cards},
+    "large-models.md": {"overview": overview, **{name: whole_plan(name) for name in SHOWN}},
 }
 
 

@@ -222,6 +222,31 @@ def store_for(environment: str, storage: str, api: Callable[[], Any]) -> RunStor
     return PodStore.find(api(), environments.namespace(environment))
 
 
+def storage_of(environment: Environment, context: str = "") -> tuple[str, ...] | None:
+    """What the storage of an environment is, equal for environments that share it; None if site.yaml does not say (a claim that exists,
+    a directory for each claim)."""
+    part = environment.values.get("nfs-provisioner", {})
+    if not part.get("enabled", True):
+        return None
+    mode, own = part.get("mode"), part.get(part.get("mode"), {})
+    if mode == "external" and own.get("provisioning", "static") == "static":
+        return "export", own.get("server", ""), own.get("path", "/")
+    if mode == "inCluster":
+        return "in cluster", context, own.get("clusterIP", "")
+    return ("directory", context, own.get("path", "")) if mode == "nodePath" else None
+
+
+def stores(source: Environment, target: Environment, *, storage: str = "", target_storage: str = "", context: str = "",
+           target_context: str = "") -> tuple[RunStore, RunStore]:
+    """Where the runs of both are read. What they share is read once, through the source: before its first promotion a target has no pod
+    that could be asked."""
+    ours = store_for(source.name, storage, lambda: cluster_api(context))
+    place = storage_of(source, context)
+    if not target_storage and place is not None and place == storage_of(target, target_context or context):
+        return ours, ours
+    return ours, store_for(target.name, target_storage or storage, lambda: cluster_api(target_context or context))
+
+
 def cluster_api(context: str = "") -> Any:
     """kubernetes.client.CoreV1Api of the local cluster if it is up, else of the user's kubeconfig. Raises OperatorError without one."""
     from kubernetes import client, config
@@ -242,8 +267,8 @@ def promote(source: str, target: str, *, run: str = "", storage: str = "", targe
     repository = Repository(root)
     upstream = repository.require_current()
     ours, theirs = load_checked(source, root), load_checked(target, root)
-    source_store = store_for(source, storage, lambda: cluster_api(context))
-    target_store = store_for(target, target_storage or storage, lambda: cluster_api(target_context or context))
+    source_store, target_store = stores(ours, theirs, storage=storage, target_storage=target_storage, context=context,
+                                        target_context=target_context)
     author = repository.try_git("config", "user.name") or ""
     planned = plan(ours, theirs, source_store, target_store, run=run, force=reason.strip() if force else "", root=root, author=author)
     path = theirs.documents["release.yaml"].path.relative_to(root).as_posix()

@@ -15,7 +15,7 @@ import yaml
 from tools import environments
 from tools.errors import OperatorError
 from tools.layout import REPOSITORY
-from tools.promote import promote
+from tools.promote import promote, storage_of
 from tools.repository import Repository
 from tools.rollback import previous, rollback
 from tools.runs import FolderStore, verify
@@ -200,6 +200,43 @@ def test_a_target_without_the_weights_is_told_how_to_get_them(root: Path, storag
     (other / "runs" / RUN / "model" / "model.safetensors").write_bytes(b"half")
     with pytest.raises(OperatorError, match="damaged"):
         promote("dev", "staging", storage=str(storage), target_storage=str(other), root=root)
+
+
+def test_a_target_that_runs_nothing_yet_is_read_through_the_source(root: Path, storage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def find(api: Any, namespace: str) -> FolderStore:
+        asked.append(namespace)
+        return FolderStore(storage)
+
+    monkeypatch.setattr("tools.promote.PodStore.find", find)
+    monkeypatch.setattr("tools.promote.cluster_api", lambda context: None)
+    assert promote("dev", "staging", root=root).run.id == RUN
+    assert asked == ["llm-finetune-dev"], "both mount one export"
+    site = root / "environments/staging/site.yaml"
+    site.write_text(site.read_text().replace("/export/llm-finetune", "/export/other"))
+    git(root, "commit", "--quiet", "--all", "--message", "An export of its own")
+    git(root, "push", "--quiet")
+    git(root, "branch", "--quiet", "-D", f"promote/staging/{RUN}")
+    asked.clear()
+    promote("dev", "staging", root=root)
+    assert asked == ["llm-finetune-dev", "llm-finetune-staging"]
+
+
+@pytest.mark.parametrize(("site", "same_cluster", "other_cluster"), [
+    ({"mode": "external", "external": {"server": "nfs", "path": "/a"}}, True, True),
+    ({"mode": "external", "external": {"server": "nfs", "path": "/a", "provisioning": "dynamic"}}, False, False),
+    ({"mode": "inCluster", "inCluster": {"clusterIP": "10.0.0.9"}}, True, False),
+    ({"mode": "nodePath", "nodePath": {"path": "/data"}}, True, False),
+    ({"mode": "existingClaim"}, False, False),
+    ({"enabled": False, "mode": "nodePath", "nodePath": {"path": "/data"}}, False, False),
+])
+def test_storages_that_are_the_same(root: Path, site: Any, same_cluster: bool, other_cluster: bool) -> None:
+    (root / "environments/staging/site.yaml").write_text(yaml.safe_dump({"nfs-provisioner": site}))
+    environment = environments.load("staging", root)
+    place = storage_of(environment, "here")
+    assert (place is not None and place == storage_of(environment, "here")) is same_cluster
+    assert (place is not None and place == storage_of(environment, "there")) is other_cluster
 
 
 @pytest.mark.parametrize(("spoil", "says"), [

@@ -75,6 +75,8 @@ class State:
     run: Run | None = None
     """The run that the environment's files ask for now."""
     others: tuple[Run, ...] = ()
+    waiting: tuple[str, ...] = ()
+    """Objects that are not healthy, with what they wait for or miss."""
 
     @property
     def run_ended(self) -> bool:
@@ -147,7 +149,29 @@ def environment(api: client.ApiClient, name: str, layout: Layout) -> State:
     since = min((_unix(c.get("lastTransitionTime", "")) for c in errors), default=None)
     return State(name, status.get("sync", {}).get("status", "unknown"), status.get("health", {}).get("status", "unknown"),
                  (status.get("sync", {}).get("revisions") or [""])[-1][:10], "; ".join(c["message"] for c in errors), since, current,
-                 tuple(r for r in everything if r is not current))
+                 tuple(r for r in everything if r is not current), unhealthy(status.get("resources", [])))
+
+
+def unhealthy(resources: list[dict[str, Any]]) -> tuple[str, ...]:
+    """`<kind> <name>: <health>, <message>` of an Application's objects that are not healthy (argocd/local/settings.yaml has them kept)."""
+    found = []
+    for resource in resources:
+        health = resource.get("health") or {}
+        if health.get("status", "Healthy") != "Healthy":
+            found.append(f"{resource['kind']} {resource['name']}: {health['status']}" + (f", {m}" if (m := health.get("message")) else ""))
+    return tuple(found)
+
+
+def trouble(api: client.CoreV1Api, pod: Any) -> str:
+    """Why a pod that is not ready is not: what its container waits for, else the newest warning about it. Empty if nothing is said."""
+    statuses = [*(pod.status.init_container_statuses or []), *(pod.status.container_statuses or [])]
+    for one in statuses:
+        if one.state and one.state.waiting and one.state.waiting.message:
+            return str(one.state.waiting.message)
+    about = f"involvedObject.uid={pod.metadata.uid},type=Warning"
+    events: list[Any] = api.list_namespaced_event(pod.metadata.namespace, field_selector=about).items
+    newest = max(events, key=lambda e: (e.last_timestamp or e.metadata.creation_timestamp), default=None)
+    return str(newest.message) if newest else ""
 
 
 def _unix(stamp: str) -> float:
@@ -170,7 +194,8 @@ def text(api: client.ApiClient, layout: Layout, settings: Settings) -> str:
         pid = daemons.running_pid(layout.runtime / "pids" / name)
         lines.append(f"  {name:22} {f'running (pid {pid})' if pid else 'NOT RUNNING'}")
     lines.append("Pods")
-    pods: list[Any] = client.CoreV1Api(api).list_pod_for_all_namespaces().items  # the generated types call every field optional
+    core = client.CoreV1Api(api)
+    pods: list[Any] = core.list_pod_for_all_namespaces().items  # the generated types call every field optional
     for pod in pods:
         statuses = pod.status.container_statuses or []
         ready = sum(1 for c in statuses if c.ready)
@@ -178,12 +203,14 @@ def text(api: client.ApiClient, layout: Layout, settings: Settings) -> str:
         waiting = next((c.state.waiting.reason for c in statuses if c.state and c.state.waiting), "")
         lines.append(f"  {pod.metadata.namespace + '/' + pod.metadata.name:66} {ready}/{len(pod.spec.containers)} "
                      f"{waiting or pod.status.phase}{f', {restarts} restarts' if restarts else ''}")
+        if ready < len(pod.spec.containers) and pod.status.phase != "Succeeded" and (cause := trouble(core, pod)):
+            lines.append(f"    {cause}")
     lines.append("Applications")
     applications: Any = client.CustomObjectsApi(api).list_namespaced_custom_object(*ARGO)
     states = [environment(api, a["metadata"]["name"].removeprefix("llm-finetune-"), layout) for a in applications["items"]]
     for state in states:
         lines.append(f"  {state.environment:22} {state.sync}, {state.health} at {state.revision or 'no commit'}"
-                     + (f"\n    {state.message}" if state.message else ""))
+                     + "".join(f"\n    {line}" for line in ([state.message] if state.message else []) + list(state.waiting)))
     lines.append("Runs")
     for state in states:
         for run in ([state.run] if state.run else []) + list(state.others):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import logging
 import os
 from pathlib import Path
@@ -44,6 +46,16 @@ def allowed_cores() -> int:
     if quota in ("max", "-1"):
         return cores
     return max(1, min(cores, -(-int(quota) // int(period))))
+
+
+def give_back() -> None:
+    """Return freed memory to the system: what loading took for a while, or a model that is no longer served.
+
+    glibc keeps freed blocks in its heaps otherwise, and a container's limit counts them. Other C libraries have no such call.
+    """
+    gc.collect()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
 
 
 def load_tokenizer(directory: Path, gguf_file: str = "") -> Any:

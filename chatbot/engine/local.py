@@ -15,7 +15,7 @@ import torch
 from chatbot.config import EngineConfig
 from chatbot.engine.base import Decision, End, Load, Piece, Request
 from chatbot.engine.batch import Answer, Batch
-from chatbot.engine.loading import load_model, load_tokenizer, pick_device
+from chatbot.engine.loading import give_back, load_model, load_tokenizer, pick_device
 from chatbot.engine.scheduler import Scheduler
 from chatbot.engine.text import StopTexts, TextStream
 from chatbot.errors import UserError
@@ -50,6 +50,7 @@ class LocalModel:
         tokenizer = load_tokenizer(directory, gguf_file)
         local = cls(model, tokenizer, scheduler, config)
         local._warm_up()
+        give_back()
         log.info("loaded %s on %s in %.1f s; cache for %d answers of %d tokens: %.2f GiB", directory, device,
                  time.monotonic() - began, config.streams, local.context, local.batch.cache.nbytes / 2**30)
         return local

@@ -73,19 +73,23 @@ class Scheduler:
             self.remove(batch)
 
     def _run(self) -> None:
-        while True:
-            with self._wake:
-                while not self._stopped and not self._arrived and all(b.idle for b in self._batches):
-                    self._wake.wait()
-                if self._stopped:
-                    return
-                for batch, answer in self._arrived:
-                    batch.waiting.append(answer)
-                self._arrived.clear()
-                batches = list(self._batches)
-            for batch in batches:
-                if not batch.idle:
-                    try:
-                        batch.advance()
-                    except Exception:  # the batch has ended its answers with the error; the others go on
-                        log.exception("a model failed while answering")
+        while self._turn():
+            pass
+
+    def _turn(self) -> bool:
+        """Wait for work and do one step of it; False once stopped. (A function of its own: the waiting thread holds no model.)"""
+        with self._wake:
+            while not self._stopped and not self._arrived and all(b.idle for b in self._batches):
+                self._wake.wait()
+            if self._stopped:
+                return False
+            for batch, answer in self._arrived:
+                batch.waiting.append(answer)
+            self._arrived.clear()
+            busy = [b for b in self._batches if not b.idle]
+        for batch in busy:
+            try:
+                batch.advance()
+            except Exception:  # the batch has ended its answers with the error; the others go on
+                log.exception("a model failed while answering")
+        return True

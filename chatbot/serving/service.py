@@ -16,7 +16,7 @@ from typing import Any
 
 from chatbot.config import Config
 from chatbot.engine.base import Model
-from chatbot.engine.loading import load_tokenizer, set_threads
+from chatbot.engine.loading import give_back, load_tokenizer, set_threads
 from chatbot.engine.local import LocalModel
 from chatbot.engine.remote import RemoteModel
 from chatbot.engine.scheduler import Scheduler
@@ -210,6 +210,8 @@ class Service:
         await served.unused.wait()
         await self._close(served)
         log.info("let go of %s", served.run.id)
+        del served
+        await asyncio.to_thread(give_back)
 
     async def _close(self, served: Served) -> None:
         for model in (served.tuned, served.base):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,22 @@ async def test_promotion_while_people_stream(storage: Storage, tmp_path: Path) -
         after = (await app.client.post("/v1/chat/completions", json=body)).json()
         assert after["attribution"]["run"] == "second-000000002"
         assert after["choices"][0]["message"]["content"] != alone["choices"][0]["message"]["content"]
+
+
+async def test_a_model_that_is_no_longer_served_is_freed(storage: Storage, tmp_path: Path) -> None:
+    storage.add("first-0000000001", seed=0)
+    async with Running(make_config(storage, tmp_path, serve={"base": True})) as app:
+        await app.ready()
+        service = app.app.conversation.service
+        old = [weakref.ref(m.batch.model) for m in (service.current.tuned, service.current.base)]
+        await app.client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "Why?"}], "max_tokens": 4})
+        storage.add("second-000000002", seed=1)
+
+        async def freed() -> bool:
+            gc.collect()
+            return service.current.run.id == "second-000000002" and not any(model() for model in old)
+
+        await until(freed)  # with nobody asking anything in between
 
 
 async def test_not_ready_until_a_run_is_finished_and_while_it_is_gone(storage: Storage, tmp_path: Path) -> None:

@@ -1,0 +1,81 @@
+"""The README's tables of measured figures, made from benchmarks/results/.
+
+    python benchmarks/table.py            # print them
+    python benchmarks/table.py --write    # put them between the README's markers
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+RESULTS = REPOSITORY / "benchmarks/results"
+NAMES = {"1b": "1.2B Llama", "3b": "3.5B Llama", "7b": "Llama 2 7B", "13b": "Llama 2 13B", "70b": "Llama 2 70B"}
+BEGIN, END = "<!-- benchmarks/table.py -->", "<!-- end -->"
+
+
+def cases(machine: str) -> list[dict[str, Any]]:
+    """Results of training speed on one kind of machine, in the order in which they were taken."""
+    path = RESULTS / f"{machine}.jsonl"
+    return [d for d in map(json.loads, path.read_text().splitlines()) if "tokens_per_second" in d]
+
+
+def describe(case: dict[str, Any]) -> str:
+    """Method, type, engine and whatever differs from the defaults."""
+    words = [case["method"] if case["method"] == "full" else {"lora": "LoRA", "qlora": "QLoRA"}[case["method"]]]
+    words.append("bf16" if case["float8"] == "none" else f"FP8 ({case['float8']})")
+    if case["engine"] == "deepspeed":
+        words.append("DeepSpeed ZeRO-3")
+    words += ["weights kept between micro-batches" for s in case["set"] if s == "engine.zero_stage=2"]
+    return ", ".join(words)
+
+
+def speed() -> Iterator[str]:
+    """Rows of the table of training speed."""
+    yield "| GPUs | model and method | tokens/s a GPU | MFU (of the bf16 peak) |"
+    yield "|---|---|---|---|"
+    for machine in sorted(path.stem for path in RESULTS.glob("*xH*.jsonl")):
+        newest: dict[tuple[str, str], str] = {}
+        for result in cases(machine):
+            key = (result["case"]["model"], describe(result["case"]))
+            newest[key] = (f"| {machine.replace('x', ' x ')} | {NAMES[key[0]]}, {key[1]} | {result['tokens_per_second_per_worker']:,.0f} | "
+                           f"{result['mfu']:.1%} |")
+        yield from newest.values()
+
+
+def starts() -> Iterator[str]:
+    """Rows of the table of `make up`."""
+    path = RESULTS / "up.jsonl"
+    if not path.exists():
+        return
+    yield ""
+    yield "| `make up` on two cores | time | peak memory | disk |"
+    yield "|---|---|---|---|"
+    names = {"cold": "first time, empty caches", "warm": "after `make down`, caches kept", "unchanged": "again, nothing changed"}
+    newest = {d["start"]: d for d in map(json.loads, path.read_text().splitlines()) if d["exit"] == 0}
+    for kind, name in names.items():
+        if kind in newest:
+            d = newest[kind]
+            yield f"| {name} | {d['seconds'] // 60:.0f}:{d['seconds'] % 60:02.0f} | {d['peak_memory_gib']} GiB | {d['disk_gib']} GiB |"
+
+
+def main() -> None:
+    """Print or write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true")
+    text = "\n".join([*speed(), *starts()])
+    if not parser.parse_args().write:
+        print(text)
+        return
+    readme = REPOSITORY / "README.md"
+    before, _, rest = readme.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+
+
+if __name__ == "__main__":
+    main()

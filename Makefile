@@ -1,7 +1,7 @@
 # Every target works from a fresh clone; the first call puts uv and a Python environment into the cache.
 SHELL := /bin/bash -euo pipefail
 .DEFAULT_GOAL := help
-.PHONY: help up down status results ask images charts try test test-fast e2e chaos lint clean promote rollback diff
+.PHONY: help up down status results ask images charts try test test-fast e2e e2e-promotion chaos lint clean promote rollback diff
 
 CACHE ?= $(or $(LLM_FINETUNE_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/llm-finetune)
 export LLM_FINETUNE_CACHE := $(CACHE)
@@ -65,6 +65,9 @@ test: $(TOOLS_VENV) $(TRAINER_VENV) $(CHATBOT_VENV) ## lint, unit, chart and end
 
 e2e: $(TOOLS_VENV) ## end-to-end tests on the running local cluster (root)
 	@$(TOOLS) -m tools.checks e2e
+
+e2e-promotion: $(TOOLS_VENV) ## two environments on the running local cluster: train, promote, refuse, roll back (root)
+	@$(TOOLS) -m tools.checks promotion
 
 clean: $(TOOLS_VENV) ## down, and remove caches and runs
 	@$(TOOLS) -m tools clean

@@ -50,12 +50,14 @@ CLUSTER = [Check("local cluster up", ["tools", "-m", "tools", "up"]), END_TO_END
 # From no cluster to none: `make up` interrupted and repeated, what runs on it, and what `make down` leaves.
 HOST = [Check("up, interrupted", _pytest("tools", "tests/host/test_up.py")), END_TO_END,
         Check("down", _pytest("tools", "tests/host/test_down.py"))]
-SUITES = {"lint": LINT, "fast": [*LINT, *UNIT], "all": [*LINT, *UNIT, *HOST], "e2e": CLUSTER}
+PROMOTION = [CLUSTER[0], Check("promotion", _pytest("tools", "tests/e2e/test_promotion.py", mark="slow"))]
+SUITES = {"lint": LINT, "fast": [*LINT, *UNIT], "all": [*LINT, *UNIT, *HOST], "e2e": CLUSTER, "promotion": PROMOTION}
 NOT_RUN = {
     "lint": "tests (make test)",
     "fast": "end-to-end tests on the local cluster (make test)",
     "all": "benchmarks (benchmarks/)",
-    "e2e": "lint and unit tests (make test-fast)",
+    "e2e": "promotion between two environments (make e2e-promotion), lint and unit tests (make test-fast)",
+    "promotion": "everything else (make test)",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import time
@@ -39,13 +40,13 @@ def namespace() -> str:
     return status.namespace(ENVIRONMENT)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def environment(api: client.ApiClient, layout: Layout) -> Callable[[], status.State]:
     """The local environment's state now."""
     return lambda: status.environment(api, ENVIRONMENT, layout)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def wait_for() -> Callable[..., Any]:
     """Poll a question until its answer is true; returns the answer."""
     def wait(question: Callable[[], Any], seconds: float, what: str) -> Any:
@@ -57,12 +58,10 @@ def wait_for() -> Callable[..., Any]:
     return wait
 
 
-@pytest.fixture
-def checkout(layout: Layout, settings: Settings, tmp_path: Path) -> Iterator[Path]:
-    """A user's clone of the deployed repository. After the test, main is set back to where it was."""
-    repository = registry.git_repository(layout, settings)
+@contextlib.contextmanager
+def cloned(repository: Path, folder: Path) -> Iterator[Path]:
+    """A user's clone of the deployed repository. At the end, main is set back to where it was."""
     before = subprocess.check_output(["git", "-C", repository, "rev-parse", registry.BRANCH], text=True).strip()
-    folder = tmp_path / "clone"
     subprocess.check_call(["git", "clone", "--quiet", "--branch", registry.BRANCH, repository, folder])
     for key, value in (("user.name", "A user"), ("user.email", "user@example.com")):
         subprocess.check_call(["git", "-C", folder, "config", key, value])
@@ -71,10 +70,25 @@ def checkout(layout: Layout, settings: Settings, tmp_path: Path) -> Iterator[Pat
 
 
 @pytest.fixture
+def checkout(layout: Layout, settings: Settings, tmp_path: Path) -> Iterator[Path]:
+    """A clone for one test."""
+    with cloned(registry.git_repository(layout, settings), tmp_path / "clone") as folder:
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def shared_checkout(layout: Layout, settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A clone for all tests of a module."""
+    with cloned(registry.git_repository(layout, settings), tmp_path_factory.mktemp("user") / "clone") as folder:
+        yield folder
+
+
+@pytest.fixture(scope="session")
 def push() -> Callable[[Path, str], None]:
     """Commit everything in a clone and push it."""
     def push_all(folder: Path, message: str) -> None:
-        subprocess.check_call(["git", "-C", folder, "commit", "--quiet", "--all", "--message", message])
+        subprocess.check_call(["git", "-C", folder, "add", "--all"])
+        subprocess.check_call(["git", "-C", folder, "commit", "--quiet", "--message", message])
         subprocess.check_call(["git", "-C", folder, "push", "--quiet", "origin", f"HEAD:{registry.BRANCH}"])
     return push_all
 

@@ -1,0 +1,91 @@
+"""Git is the only handle: what is edited in the cluster comes back, what does not render changes nothing and says why."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+
+import pytest
+from kubernetes import client
+
+from tools.cluster import status
+
+CHATBOT = "llm-finetune-chatbot"
+HEAL = 60
+"""Seconds within which an edit of a live object is taken back."""
+
+
+def settled(environment, wait_for) -> None:
+    """Argo CD has everything as git says, and all of it is well."""
+    wait_for(lambda: (s := environment()).sync == "Synced" and s.health == "Healthy" and not s.message, 180, "Synced and Healthy")
+
+
+def pods(api: client.ApiClient, namespace: str) -> dict[str, str]:
+    return {p.metadata.name: p.metadata.uid for p in client.CoreV1Api(api).list_namespaced_pod(namespace).items}
+
+
+@pytest.mark.parametrize(("file", "old", "new", "says"), [
+    ("site.yaml", "chatbot:\n", "chatbot:\n  replicas: many\n", "replicas"),
+    ("release.yaml", "version: 0.1.0", "version: 9.9.9", "9.9.9"),
+], ids=["invalid values", "unknown chart version"])
+def test_a_push_that_does_not_render_changes_nothing_and_says_why(file, old, new, says, checkout, push, environment, wait_for, api,
+                                                                  namespace, settings):
+    settled(environment, wait_for)
+    before, served = pods(api, namespace), status.served_run(settings)
+    assert served
+    path = checkout / "environments/local" / file
+    text = path.read_text()
+    assert text.count(old) == 1
+    path.write_text(text.replace(old, new))
+    push(checkout, "A mistake")
+    wait_for(lambda: says in environment().message, 90, f"an error that names {says}")
+    print(environment().message)
+    assert status.served_run(settings) == served
+    subprocess.check_call(["git", "-C", checkout, "revert", "--quiet", "--no-edit", "HEAD"])
+    subprocess.check_call(["git", "-C", checkout, "push", "--quiet", "origin", "HEAD:main"])
+    settled(environment, wait_for)
+    assert pods(api, namespace) == before, "nothing was restarted"
+
+
+def test_live_edits_are_taken_back(environment, wait_for, api, namespace):
+    settled(environment, wait_for)
+    apps, core, custom = client.AppsV1Api(api), client.CoreV1Api(api), client.CustomObjectsApi(api)
+    cluster = (*status.RAY, namespace, "rayclusters", "llm-finetune")
+
+    def workers() -> int:
+        return custom.get_namespaced_custom_object(*cluster)["spec"]["workerGroupSpecs"][0]["replicas"]
+
+    config = core.read_namespaced_config_map(CHATBOT, namespace).data["chatbot.yaml"]
+    wanted, replicas = workers(), apps.read_namespaced_deployment(CHATBOT, namespace).spec.replicas
+    edits = {
+        "Deployment": (lambda: apps.patch_namespaced_deployment(CHATBOT, namespace, {"spec": {"replicas": replicas + 1}}),
+                       lambda: apps.read_namespaced_deployment(CHATBOT, namespace).spec.replicas == replicas),
+        "ConfigMap": (lambda: core.patch_namespaced_config_map(CHATBOT, namespace, {"data": {"chatbot.yaml": "serve: {follow: none}"}}),
+                      lambda: core.read_namespaced_config_map(CHATBOT, namespace).data["chatbot.yaml"] == config),
+        "RayCluster": (lambda: custom.patch_namespaced_custom_object(*cluster, [
+                           {"op": "replace", "path": "/spec/workerGroupSpecs/0/replicas", "value": wanted + 1}]),
+                       lambda: workers() == wanted),
+    }
+    for kind, (edit, is_back) in edits.items():
+        edit()
+        assert not is_back(), "the edit itself was accepted"
+        begin = time.monotonic()
+        wait_for(is_back, HEAL, f"the {kind} as git says")
+        print(f"{kind}: back after {time.monotonic() - begin:.0f} s")
+    settled(environment, wait_for)
+
+
+def test_a_deleted_deployment_comes_back(environment, wait_for, api, namespace, settings):
+    settled(environment, wait_for)
+    apps = client.AppsV1Api(api)
+
+    def found() -> list[str]:
+        return [d.metadata.uid for d in apps.list_namespaced_deployment(namespace).items if d.metadata.name == CHATBOT]
+
+    before = found()
+    apps.delete_namespaced_deployment(CHATBOT, namespace)
+    begin = time.monotonic()
+    wait_for(lambda: found() and found() != before, HEAL, "the Deployment")
+    print(f"Deployment: there again after {time.monotonic() - begin:.0f} s")
+    wait_for(lambda: status.served_run(settings), 180, "the chatbot's model")
+    settled(environment, wait_for)

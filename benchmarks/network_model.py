@@ -1,4 +1,4 @@
-"""Network and memory on paper: the tables of docs/network.md, docs/models.md and docs/large-models.md, from trainer/plan.
+"""Network and memory on paper: the tables of docs/network.md, models.md, large-models.md and mixed-gpus.md, from trainer/plan.
 
     python -m benchmarks.network_model               # print the network tables
     python -m benchmarks.network_model --markdown    # print the model tables (docs/models.md)
@@ -143,6 +143,22 @@ SHOWN = ("llama-2-13b-full", "llama-2-13b-full-mixed", "llama-2-13b-lora", "llam
 """Recipes whose whole plan is in docs/large-models.md."""
 
 
+def cuts() -> str:
+    """Ways to cut the pods of servers with 6 A100, 6 A100 and 2 H100 for a full fine-tune of an 8B."""
+    both = [{"name": "a100", "gpu": "A100-80GB", "workers": 12}, {"name": "h100", "gpu": "H100-80GB", "workers": 2}]
+    rows = []
+    for label, size, groups, sharding in (
+            ("one GPU a pod, hybrid", 1, both, "node"), ("two GPUs a pod, hybrid", 2, both, "node"),
+            ("six GPUs a pod, A100 alone, hybrid", 6, both[:1], "node"), ("two GPUs a pod, flat", 2, both, "world")):
+        workers = sum(int(str(g["workers"])) for g in groups)
+        made = make("Llama-3.1-8B", {"workers": workers, "node_workers": size, "network_gbps": 100, "groups": groups}, 458752,
+                    engine={"shard_group": sharding})
+        found = plan(made, advise=False)
+        fullest = max(g.memory.total for g in found.groups) / GIB
+        rows.append([label, str(workers), f"{fullest:.0f} of 79", f"{found.tokens_per_second:,.0f}" if found.fits else "does not fit"])
+    return markdown(["pods", "GPUs", "GiB a GPU", "tokens/s"], rows)
+
+
 def overview() -> str:
     """The recipes for large models: hardware, fullest GPU, speed, storage."""
     rows = []
@@ -163,6 +179,7 @@ def whole_plan(name: str) -> Callable[[], str]:
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "network.md": {"bytes": bytes_a_step, "mixed-100": mixed(100), "bandwidth": by_bandwidth, "large": large},
     "models.md": {"shapes": shapes, "needs": needs, "cards": cards},
+    "mixed-gpus.md": {"cuts": cuts},
     "large-models.md": {"overview": overview, **{name: whole_plan(name) for name in SHOWN}},
 }
 

@@ -221,6 +221,21 @@ def test_reverting_the_edit_finds_the_old_run_finished(world, push, wait_for):
     assert {p.name: p.stat().st_mtime for p in (world.storage / "runs").glob("*/report.json")} == runs
 
 
+def test_a_run_without_its_dataset_fails_with_its_name_and_the_next_push_heals(world, push, wait_for):
+    world.change(DEV, "finetune.yaml", lambda v: v["finetune-job"]["run"].update(
+        data={"path": "data/nowhere.jsonl", "format": "instruction", "max_tokens": 256}))
+    push(world.checkout, "A dataset that is not there")
+    failed = wait_for(lambda: (r := world.state(DEV).run) and r.job == "FAILED" and r, 400, "a failed run")
+    print(failed.message[-600:])
+    assert "nowhere.jsonl" in failed.message
+    assert "nowhere.jsonl" in world.state(DEV).failure
+    assert world.served() == (world.good["run"], world.good["checkpoint_sha256"])
+    world.git("revert", "--no-edit", "HEAD")
+    world.git("push", "--quiet", "origin", "HEAD:main")
+    wait_for(lambda: (s := world.state(DEV)).run_ended and s.run.name == world.good["run"], 120, "the good run as the wanted one")
+    settled(world, wait_for, DEV)
+
+
 def test_a_missing_secret_is_named_and_the_old_pod_goes_on(world, push, wait_for, layout, settings):
     pods = {p.metadata.uid for p in client.CoreV1Api(world.api).list_namespaced_pod(environments.namespace(STAGING)).items}
     world.change(STAGING, "site.yaml", lambda v: v["chatbot"].update(secrets=[{"secretName": "nowhere", "mountPath": "/secrets"}]))

@@ -215,6 +215,8 @@ def text(api: client.ApiClient, layout: Layout, settings: Settings) -> str:
     for state in states:
         for run in ([state.run] if state.run else []) + list(state.others):
             lines.append(f"  {run.name:48} {run.line()}{'  <- wanted now' if run is state.run else ''}")
+            if run is state.run and run.job == "FAILED":
+                lines += [f"    {line}" for line in run.message.strip()[-600:].splitlines()]
     lines.append("URLs")
     for name, port in (("chatbot", settings.chatbot_port), ("Ray dashboard", settings.dashboard_port)):
         lines.append(f"  {name:22} http://localhost:{port} {'' if listens('127.0.0.1', port) else '(nothing listens)'}")

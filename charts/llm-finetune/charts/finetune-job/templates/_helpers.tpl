@@ -91,6 +91,8 @@ metadata:
     # A run stays when the environment moves on to another one.
     argocd.argoproj.io/sync-options: Prune=false,SkipDryRunOnMissingResource=true
     argocd.argoproj.io/compare-options: IgnoreExtraneous
+    # A failed run stays too, and must not leave the environment Degraded after a good push. The RayJob's own health says it.
+    argocd.argoproj.io/ignore-healthcheck: "true"
     helm.sh/resource-policy: keep
 spec:
   entrypoint: python -m trainer run --config env:LLM_FINETUNE_CONFIG

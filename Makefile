@@ -69,6 +69,9 @@ e2e: $(TOOLS_VENV) ## end-to-end tests on the running local cluster (root)
 e2e-promotion: $(TOOLS_VENV) ## two environments on the running local cluster: train, promote, refuse, roll back (root)
 	@$(TOOLS) -m tools.checks promotion
 
+chaos: $(TOOLS_VENV) ## TRIES=1: each fault at a random moment of a real run on the local cluster; 5 minutes a try (root)
+	@TRIES=$(or $(TRIES),1) FAULTS_OUT=$(FAULTS_OUT) $(TOOLS) -m tools.checks chaos
+
 clean: $(TOOLS_VENV) ## down, and remove caches and runs
 	@$(TOOLS) -m tools clean
 

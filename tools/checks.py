@@ -51,13 +51,16 @@ CLUSTER = [Check("local cluster up", ["tools", "-m", "tools", "up"]), END_TO_END
 HOST = [Check("up, interrupted", _pytest("tools", "tests/host/test_up.py")), END_TO_END,
         Check("down", _pytest("tools", "tests/host/test_down.py"))]
 PROMOTION = [CLUSTER[0], Check("promotion", _pytest("tools", "tests/e2e/test_promotion.py", mark="slow"))]
-SUITES = {"lint": LINT, "fast": [*LINT, *UNIT], "all": [*LINT, *UNIT, *HOST], "e2e": CLUSTER, "promotion": PROMOTION}
+CHAOS = [CLUSTER[0], Check("faults", _pytest("tools", "tests/e2e/test_faults.py", mark="slow"))]
+SUITES = {"lint": LINT, "fast": [*LINT, *UNIT], "all": [*LINT, *UNIT, *HOST], "e2e": CLUSTER, "promotion": PROMOTION,
+          "chaos": CHAOS}
 NOT_RUN = {
     "lint": "tests (make test)",
     "fast": "end-to-end tests on the local cluster (make test)",
-    "all": "benchmarks (benchmarks/)",
+    "all": "promotion (make e2e-promotion), faults (make chaos), benchmarks (benchmarks/)",
     "e2e": "promotion between two environments (make e2e-promotion), lint and unit tests (make test-fast)",
     "promotion": "everything else (make test)",
+    "chaos": "everything else (make test)",
 }
 
 

@@ -209,9 +209,17 @@ def copy_crds(go_module_dir: Path) -> list[Path]:
         if not (source / name).is_file():
             raise OperatorError(f"{source / name} is missing; {go_module_dir} is not a whole copy of KubeRay's module.")
         copies.append(target / name)
-        copies[-1].write_bytes((source / name).read_bytes())
+        copies[-1].write_text(_kept((source / name).read_text()))
         copies[-1].chmod(0o644)
     return copies
+
+
+def _kept(crd: str) -> str:
+    """A CRD that Argo CD does not delete when the operator is switched off: all RayClusters and RayJobs of the cluster would go with it."""
+    first = "  annotations:\n"
+    if crd.count(first) != 1:
+        raise OperatorError("A CRD of KubeRay has no annotations any more; see tools/charts.py.")
+    return crd.replace(first, f"{first}    argocd.argoproj.io/sync-options: Prune=false\n")
 
 
 def package(version: str, destination: Path) -> Path:

@@ -223,7 +223,7 @@ def with_bases(names: Iterable[str]) -> list[Image]:
 def publish(layout: Layout, registry: str, tag: str, say: Say) -> Path:
     """Build the project's own images, push them to a site's registry, and write their digests to images/digests.yaml.
 
-    `registry` is `host[:port]/path`; log in first with `buildah login` or put credentials at ~/.docker/config.json.
+    `registry` is `host[:port]/path`; log in first with `buildah login`, or name a file of credentials in REGISTRY_AUTH_FILE.
     """
     if not registry or not tag:
         raise OperatorError("Give REGISTRY=host/path and TAG=version, for example: make images REGISTRY=registry.example.com/ml TAG=0.1.0")

@@ -229,7 +229,7 @@ class EngineConfig:
     """How the model's state is spread over the workers. Decides speed and memory, and the last bits of the result."""
 
     kind: Literal["fsdp", "deepspeed"] = "fsdp"
-    """PyTorch FSDP2 or DeepSpeed ZeRO; docs/speed.md says which is measured faster for which case."""
+    """PyTorch FSDP2 or DeepSpeed ZeRO; docs/decisions/engines.md says which was measured faster for which case."""
     zero_stage: Literal[1, 2, 3] = 3
     """What is sharded: optimizer (1), and gradients (2), and weights (3). FSDP takes 2 (weights stay gathered after forward) or 3."""
     offload: Literal["none", "cpu", "nvme"] = "none"

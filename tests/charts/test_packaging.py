@@ -55,6 +55,9 @@ def test_package(copied: Path, tmp_path: Path) -> None:
     (stale / "ray.io_old.yaml").write_text("x")
     crds = charts.copy_crds(charts.kuberay_module())
     assert sorted(p.name for p in stale.iterdir()) == sorted(p.name for p in crds) == sorted(charts.CRDS)
+    for crd in crds:  # switching the operator off must not delete every run of the cluster
+        annotations = yaml.safe_load(crd.read_text())["metadata"]["annotations"]
+        assert annotations["argocd.argoproj.io/sync-options"] == "Prune=false"
     archive = charts.package("0.1.1-rc.1", tmp_path / "out")
     with tarfile.open(archive) as tar:
         names = set(tar.getnames())

@@ -10,7 +10,7 @@ import json
 import os
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -121,10 +121,9 @@ def ended(environment: Any) -> bool:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(layout: Any) -> Iterator[list[dict[str, Any]]]:
-    """Loss by step of the first run, kept for this session."""
-    lines: list[dict[str, Any]] = []
-    yield lines
+def undisturbed() -> list[dict[str, Any]]:
+    """Metrics of the undisturbed run, which the first test fills in for the others."""
+    return []
 
 
 def test_undisturbed(start, environment, wait_for, layout, undisturbed):

@@ -88,7 +88,8 @@ async def test_rate_is_by_user_and_address() -> None:
 @pytest.mark.parametrize("checks, field", [
     ({"nonsense": {}}, "guardrails.checks.nonsense"), ({"length": {"max_question": 0}}, "guardrails.checks.length.max_question"),
     ({"length": {"colour": 1}}, "guardrails.checks.length.colour"),
-    ({"crisis": {"rules": {"x": ["("]}}}, "guardrails.checks.crisis.rules.x")])
+    ({"crisis": {"patterns": {"x": ["("]}}}, "guardrails.checks.crisis.patterns.x"),
+    ({"crisis": {"frames": {"x": ["<nobody>"]}}}, "guardrails.checks.crisis.frames.x")])
 def test_wrong_settings_name_the_field(checks: dict, field: str) -> None:
     with pytest.raises(ConfigError) as caught:
         Pipeline(GuardrailsConfig(checks=checks))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 if TYPE_CHECKING:
     from trainer.data.loader import PackedBatch
@@ -36,7 +37,7 @@ class Piece:
 class Engine(abc.ABC):
     """A model under training on this rank; every method is collective unless it says otherwise."""
 
-    model: torch.nn.Module
+    model: nn.Module
     device: torch.device
     rank: int
     world: int
@@ -60,9 +61,25 @@ class Engine(abc.ABC):
     def step(self, learning_rate: float) -> torch.Tensor:
         """Clip, update, clear the gradients. Returns the global gradient norm before clipping (on the device)."""
 
-    @abc.abstractmethod
+    @property
+    def forward_model(self) -> nn.Module:
+        """What is called for a forward pass: the model, or a library's wrapper around it. Not collective."""
+        return self.model
+
     def evaluate(self, batches: Iterable[PackedBatch]) -> tuple[float, int]:
         """Loss sum and trained tokens over this rank's batches, without gradients. Ranks must hold the same number of batches."""
+        from trainer.model.loss import token_loss_sum
+
+        total, tokens = torch.zeros((), dtype=torch.float64, device=self.device), 0
+        self.forward_model.eval()
+        try:
+            with torch.no_grad():
+                for batch in batches:
+                    total += token_loss_sum(self.forward_model, batch, self.device)
+                    tokens += batch.loss_tokens
+        finally:
+            self.forward_model.train()
+        return total.item(), tokens
 
     @abc.abstractmethod
     def pieces(self) -> list[Piece]:

@@ -11,7 +11,7 @@ import logging
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -159,17 +159,9 @@ class DeepSpeedEngine(Engine):
         self.engine.step()
         return torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32)
 
-    def evaluate(self, batches: Iterable[PackedBatch]) -> tuple[float, int]:
-        total, tokens = torch.zeros((), dtype=torch.float64, device=self.device), 0
-        self.engine.eval()
-        try:
-            with torch.no_grad():
-                for batch in batches:
-                    total += token_loss_sum(self.engine, batch, self.device)
-                    tokens += batch.loss_tokens
-        finally:
-            self.engine.train()
-        return total.item(), tokens
+    @property
+    def forward_model(self) -> nn.Module:
+        return self.engine
 
     # State
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -70,18 +70,6 @@ class TorchEngine(Engine):
         trained = self._trained()
         self.optimizer = AdamW([n for n, _ in trained], [p.shape for _, p in trained], [m for m, _ in self._masters()],
                                self.config.run.train)
-
-    def evaluate(self, batches: Iterable[PackedBatch]) -> tuple[float, int]:
-        total, tokens = torch.zeros((), dtype=torch.float64, device=self.device), 0
-        self.model.eval()
-        try:
-            with torch.no_grad():
-                for batch in batches:
-                    total += token_loss_sum(self.model, batch, self.device)
-                    tokens += batch.loss_tokens
-        finally:
-            self.model.train()
-        return total.item(), tokens
 
     def pieces(self) -> list[Piece]:
         weights = [(f"weights/{n}", p, m, s) for (n, p), (m, s) in zip(self._trained(), self._masters(), strict=True)]

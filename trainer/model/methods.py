@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -161,29 +160,3 @@ def quantise(model: nn.Module, weights: Weights, device: torch.device, dtype: to
         whole = weights.read(key, 0, math.prod(shape)).view(shape).to(dtype)
         module.weight = bnb.nn.Params4bit(whole, requires_grad=False, compress_statistics=True, quant_type="nf4",
                                           module=module).to(device)
-
-
-# Merging
-
-@torch.no_grad()
-def merge_adapters(model: LlamaForCausalLM, method: MethodConfig, names: Collection[str], tensor: Callable[[str], torch.Tensor]) -> None:
-    """Add trained adapters to a whole plain model on the CPU (`load_model`), in place.
-
-    `names` are canonical names of the trained tensors, `tensor(name)` gives one (float32, whole). The product is taken and added in
-    float32 and rounded once to the model's type.
-    """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    used = set()
-    for name in names:
-        if name.endswith(".lora_A.weight"):
-            layer = name.removesuffix(".lora_A.weight")
-            weight = parameters[f"{layer}.weight"]
-            update = tensor(f"{layer}.lora_B.weight").float() @ tensor(name).float()
-            weight.copy_(weight.float() + update * (method.alpha / method.rank))
-            used |= {name, f"{layer}.lora_B.weight"}
-        elif name.endswith(NEW_ROWS):
-            rows = tensor(name)
-            parameters[name.removesuffix(NEW_ROWS) + ".weight"][-len(rows):].copy_(rows)
-            used.add(name)
-    if unused := sorted(set(names) - used):
-        raise UserError(f"The checkpoint holds {unused[0]} (and {len(unused) - 1} more), which is no part of an adapter.")

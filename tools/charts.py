@@ -216,7 +216,7 @@ def copy_crds(go_module_dir: Path) -> list[Path]:
 
 def _kept(crd: str) -> str:
     """A CRD that Argo CD does not delete when the operator is switched off: all RayClusters and RayJobs of the cluster would go with it."""
-    first = "  annotations:\n"
+    first = "\nmetadata:\n  annotations:\n"
     if crd.count(first) != 1:
         raise OperatorError("A CRD of KubeRay has no annotations any more; see tools/charts.py.")
     return crd.replace(first, f"{first}    argocd.argoproj.io/sync-options: Prune=false\n")

@@ -7,10 +7,10 @@
     patterns: {forged: [regular expression, ...]}         for what is not made of words (markup, scripts without spaces)
     erase: [type i, phase i]                              read over: the `I` of type I is no person
 
-A lexicon is a list with commas; its entry is a word or a phrase: `*` is any ending, `_` any word, `[a|b]` one of these, `[a|]` may be missing, `<name>` another
-lexicon (its own or one of lexicon.yaml), `~4` lets up to four words stand between. A frame is made of terms, all of which must stand in one
-or two neighbouring sentences, in any order; a term with `!` must not. In views that lost their spaces the same words are looked for
-without boundaries.
+A lexicon is a list with commas; its entry is a word or a phrase: `*` is any ending, `_` any word, `[a|b]` one of these, `[a|]` may be
+missing, `<name>` another lexicon (its own or one of lexicon.yaml), `~4` lets up to four words stand between. A frame is made of terms, all
+of which must stand in one or two neighbouring sentences, in any order; a term with `!` must not. In views that lost their spaces the same
+words are looked for without boundaries.
 """
 
 from __future__ import annotations
@@ -64,8 +64,11 @@ class Lexicon:
             else:
                 out.append("" if joined and not token.isalnum() else re.escape(token))
         pattern = "".join(out)
+        if joined:
+            return pattern
         # A part that may be missing takes its blank along.
-        return pattern if joined else pattern.replace(r"|)\W{1,2}", r"|)\W{0,2}").replace(r"\W{1,2}\W{0,2}", r"\W{0,2}")
+        pattern = pattern.replace(r"|)\W{1,2}", r"|)\W{0,2}")
+        return re.sub(r"\\W\{1,2\}(\(\?:[^()]*\|\))$", r"\\W{0,2}\1", pattern)
 
     def slot(self, name: str, joined: bool) -> str:
         """All entries of a lexicon."""
@@ -107,7 +110,7 @@ class PatternCheck:
         self.name, self.settings = name, settings
         self.stages: frozenset[Stage] = frozenset(settings.stages)  # type: ignore[arg-type]
         self.action: Action = settings.action  # type: ignore[assignment]
-        lexicon, where = Lexicon(settings.lexicon), f"guardrails.checks.{name}"
+        lexicon, where = Lexicon({**settings.lexicon, "erased": ", ".join(settings.erase)}), f"guardrails.checks.{name}"
         terms: dict[str, Term] = {}
         self._frames: list[tuple[str, list[Term]]] = []
         for rule, frames in settings.frames.items():
@@ -131,7 +134,7 @@ class PatternCheck:
                     self._patterns.append((rule, re.compile(pattern)))
                 except re.error as error:
                     check(False, f"{where}.patterns.{rule}", pattern, f"It is not a regular expression: {error}.")
-        self._erase = lexicon.term("[" + "|".join(settings.erase) + "]", False) if settings.erase else None
+        self._erase = lexicon.term("<erased>", False) if settings.erase else None
 
     def find(self, subject: Subject) -> str:
         """The rule that matches, or nothing."""

@@ -31,7 +31,7 @@ LOOKALIKES = str.maketrans({
 LEET = str.maketrans("0134578@$!|", "oieastbasil")
 MIXED = re.compile(r"[a-z]*(?:[a-z][0134578@$!|]|[0134578@$!|][a-z])[a-z0134578@$!|]*")
 """A word with digits or signs among its letters."""
-SPACED = re.compile(r"(?<!\w)(?:\w[\s.\-_*|/,·•]{1,3}){3,}\w(?!\w)")
+SPACED = re.compile(r"(?<!\w)(?:\w[\s.\-_*|/,·•'’]{1,3}){3,}\w(?!\w)")
 """Four or more single characters with the same little between them."""
 BASE64 = re.compile(r"(?<![\w+/=-])[A-Za-z0-9+/_-]{12,}={0,2}")
 HEX = re.compile(r"(?<!\w)(?:0x)?(?:[0-9a-fA-F]{2}[\s:]?){8,}(?!\w)")
@@ -112,8 +112,10 @@ def views(text: str) -> list[View]:
     """Every reading of a text, the folded one first; none twice."""
     plain = fold(text)
     found = [View("plain", plain)]
-    if MIXED.search(plain):
-        found.append(View("leet", MIXED.sub(lambda m: m[0].translate(LEET), plain)))
+    if mixed := len(MIXED.findall(plain)):
+        letters = MIXED.sub(lambda m: m[0].translate(LEET), plain)
+        # Among several such words a digit by itself is a word too: `1 4m 4 m4n`.
+        found.append(View("leet", re.sub(r"(?<!\S)[014](?!\S)", lambda m: m[0].translate(LEET), letters) if mixed > 1 else letters))
     short = text[:LONGEST]
     folded = "".join(c for c in unicodedata.normalize("NFKC", short) if not invisible(c)).casefold()
     for match in SPACED.finditer(folded):

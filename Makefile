@@ -1,7 +1,7 @@
 # Every target works from a fresh clone; the first call puts uv and a Python environment into the cache.
 SHELL := /bin/bash -euo pipefail
 .DEFAULT_GOAL := help
-.PHONY: help up down status results ask images charts try test test-fast e2e e2e-promotion chaos lint clean promote rollback diff
+.PHONY: help up down status results ask images charts try test test-fast test-host e2e e2e-promotion chaos lint clean promote rollback diff
 
 CACHE ?= $(or $(LLM_FINETUNE_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/llm-finetune)
 export LLM_FINETUNE_CACHE := $(CACHE)
@@ -62,6 +62,9 @@ test-fast: $(TOOLS_VENV) $(TRAINER_VENV) $(CHATBOT_VENV) ## lint, unit and chart
 
 test: $(TOOLS_VENV) $(TRAINER_VENV) $(CHATBOT_VENV) ## lint, unit, chart and end-to-end tests on the local cluster (root)
 	@$(TOOLS) -m tools.checks all
+
+test-host: $(TOOLS_VENV) ## make up interrupted three times, make down leaving nothing behind; ends without a cluster (root)
+	@$(TOOLS) -m tools.checks host
 
 e2e: $(TOOLS_VENV) ## end-to-end tests on the running local cluster (root)
 	@$(TOOLS) -m tools.checks e2e

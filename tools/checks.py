@@ -45,19 +45,18 @@ UNIT = [
     Check("trainer", _pytest("trainer", "tests/trainer")),
     Check("chatbot", _pytest("chatbot", "tests/chatbot")),
 ]
-END_TO_END = Check("end to end", _pytest("tools", "tests/e2e"))
-CLUSTER = [Check("local cluster up", ["tools", "-m", "tools", "up"]), END_TO_END]
-# From no cluster to none: `make up` interrupted and repeated, what runs on it, and what `make down` leaves.
-HOST = [Check("up, interrupted", _pytest("tools", "tests/host/test_up.py")), END_TO_END,
-        Check("down", _pytest("tools", "tests/host/test_down.py"))]
+CLUSTER = [Check("local cluster up", ["tools", "-m", "tools", "up"]), Check("end to end", _pytest("tools", "tests/e2e"))]
+# From no cluster to none: `make up` interrupted and repeated, and what `make down` leaves.
+HOST = [Check("up, interrupted", _pytest("tools", "tests/host/test_up.py")), Check("down", _pytest("tools", "tests/host/test_down.py"))]
 PROMOTION = [CLUSTER[0], Check("promotion", _pytest("tools", "tests/e2e/test_promotion.py", mark="slow"))]
 CHAOS = [CLUSTER[0], Check("faults", _pytest("tools", "tests/e2e/test_faults.py", mark="slow"))]
-SUITES = {"lint": LINT, "fast": [*LINT, *UNIT], "all": [*LINT, *UNIT, *HOST], "e2e": CLUSTER, "promotion": PROMOTION,
+SUITES = {"lint": LINT, "fast": [*LINT, *UNIT], "all": [*LINT, *UNIT, *CLUSTER], "host": HOST, "e2e": CLUSTER, "promotion": PROMOTION,
           "chaos": CHAOS}
 NOT_RUN = {
     "lint": "tests (make test)",
     "fast": "end-to-end tests on the local cluster (make test)",
-    "all": "promotion (make e2e-promotion), faults (make chaos), benchmarks (benchmarks/)",
+    "host": "everything else (make test)",
+    "all": "make up and make down themselves (make test-host), promotion (make e2e-promotion), faults (make chaos), benchmarks (benchmarks/)",
     "e2e": "promotion between two environments (make e2e-promotion), lint and unit tests (make test-fast)",
     "promotion": "everything else (make test)",
     "chaos": "everything else (make test)",

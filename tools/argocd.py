@@ -9,6 +9,7 @@ import argparse
 import base64
 import copy
 import fnmatch
+import hashlib
 import json
 import secrets
 import sys
@@ -154,6 +155,7 @@ def core_install(go_module_dir: Path, image: str, redis_image: str, secret_value
     if not source.is_file():
         raise OperatorError(f"{source} is missing: {go_module_dir} is not the module github.com/argoproj/argo-cd/v3.")
     settings = {m["metadata"]["name"]: m["data"] for m in read_manifests(ARGOCD / "local" / "settings.yaml")}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     settings["argocd-cm"] |= read_manifests(ARGOCD / "argocd-cm.yaml")[0]["data"]
     manifests: list[Manifest] = [{"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}}]
     for manifest in read_manifests(source):
@@ -166,6 +168,8 @@ def core_install(go_module_dir: Path, image: str, redis_image: str, secret_value
             manifest["stringData"] = {SECRET_KEYS[name]: secret_values[name]}
         if kind in ("Deployment", "StatefulSet"):
             _fit_workload(manifest, image, redis_image)
+            # Most settings are read as environment variables when a process starts.
+            manifest["spec"]["template"]["metadata"].setdefault("annotations", {})[ANNOTATION + "settings"] = digest
         manifests.append(manifest)
     assert not settings, f"argocd/local/settings.yaml names ConfigMaps that the install lacks: {sorted(settings)}"
     manifests.append({"apiVersion": "v1", "kind": "Secret", "type": "Opaque",

@@ -3,7 +3,7 @@
 Peaks are dense (without sparsity) and from NVIDIA's datasheets and whitepapers; consumer cards with FP32 accumulation, as training
 uses it. `memory_gib` is what a process is shown (`torch.cuda.get_device_properties(0).total_memory`), less than the name says.
 `efficiency` is the share of the bf16 peak that large matrix products reach inside a training step; `basis` says whether that was
-measured (benchmarks/results/ has the runs), follows from throughput published by others, or is assumed from the card's power and generation.
+measured (benchmarks/results/), follows from throughput published by others, or is assumed from the card's power and generation.
 """
 
 from __future__ import annotations

@@ -89,16 +89,17 @@
             - {name: metrics, containerPort: 8080}
           lifecycle:
             preStop:
-              # Asks the training process for a checkpoint and waits for it, as long as the grace period allows. While it trains, the
-              # trainer keeps $LLM_FINETUNE_DRAIN_FILE.busy; it looks for $LLM_FINETUNE_DRAIN_FILE after each step, saves, and
-              # removes the first. Then Ray is stopped: the container's first process is a shell that passes no signal on.
+              # Asks the training processes for a checkpoint and waits for it, as long as the grace period allows: trainer/train/stop.py
+              # is the other side. Then Ray is stopped: the container's first process is a shell that passes no signal on.
               exec:
                 command:
                   - bash
                   - -c
                   - |
+                    shopt -s nullglob
                     touch "$LLM_FINETUNE_DRAIN_FILE"
-                    while [ -e "$LLM_FINETUNE_DRAIN_FILE.busy" ] && (( SECONDS < {{ sub (int $group.terminationGracePeriodSeconds) 20 }} )); do
+                    training() { for file in "$LLM_FINETUNE_DRAIN_FILE".busy.*; do kill -0 "${file##*.}" && return; done; return 1; }
+                    while training && (( SECONDS < {{ sub (int $group.terminationGracePeriodSeconds) 20 }} )); do
                       sleep 0.5
                     done
                     exec ray stop --force

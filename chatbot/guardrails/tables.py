@@ -128,6 +128,8 @@ def report(config: GuardrailsConfig, fine: list[Path]) -> int:
     print_results("tables", results)
     held = read_tables(HELD_OUT)
     print_results("held-out wordings", [asyncio.run(run_check(c, held[c.name])) for c in pipeline.checks if c.name in held])
+    hits = [text for table in held.values() for text in table["hit"]]
+    print(f"{len(hits)} held-out hits through all checks: {len(asyncio.run(run_fine(pipeline, hits))) / len(hits):.1%} stopped")
     questions = [q for path in fine for q in read_questions(path)]
     stopped = asyncio.run(run_fine(pipeline, questions))
     total = sum(r.hits + r.passes for r in results)

@@ -19,6 +19,7 @@ from chatbot.guardrails.views import clean, fold
 SAMPLE = Path(__file__).parents[2] / "trainer" / "data" / "sample" / "pubmedqa-sample.jsonl"
 PIPELINE = Pipeline(tables.without_limits(GuardrailsConfig()))
 TABLES = tables.read_tables()
+HELD_OUT = tables.read_tables(tables.HELD_OUT)
 
 
 @pytest.mark.parametrize("check", [c for c in PIPELINE.checks if c.name in TABLES], ids=lambda c: c.name)
@@ -40,7 +41,15 @@ async def test_fine_questions_pass() -> None:
     stopped = await tables.run_fine(PIPELINE, questions)
     assert len(stopped) <= 0.01 * len(questions), stopped
     others = [q for name in ("injection", "crisis", "emergency", "referral", "unsafe", "personal-data") for q in TABLES[name]["pass"]]
-    assert not await tables.run_fine(PIPELINE, others)
+    stopped = await tables.run_fine(PIPELINE, others)
+    assert len(others) >= 300 and len(stopped) <= 0.01 * len(others), stopped
+
+
+@pytest.mark.parametrize("check", [c for c in PIPELINE.checks if c.name in HELD_OUT], ids=lambda c: c.name)
+async def test_wordings_that_no_rule_was_made_for(check) -> None:
+    result = await tables.run_check(check, HELD_OUT[check.name])
+    assert result.hits >= 40 and result.passes >= 20
+    assert result.recall >= 0.8 and not result.alarms
 
 
 async def guarded(text: str, size: int) -> tuple[str, list]:

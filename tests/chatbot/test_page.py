@@ -1,4 +1,4 @@
-"""The page in a real browser: streaming, stop, retry, guardrail, feedback, side by side, export, phone.
+"""The page in a real browser: login, streaming, stop, retry, edit, guardrail, feedback, side by side, export, phone.
 
 Nothing is loaded from elsewhere.
 """
@@ -19,6 +19,7 @@ import pytest
 import yaml
 from conftest import Storage
 
+from chatbot.access.users import hash_password
 from chatbot.records.jsonl import read_lines
 
 TOOLS = Path(os.environ.get("LLM_FINETUNE_TOOLS_PYTHON") or Path.home() / ".cache/llm-finetune/venv/tools/bin/python")
@@ -37,8 +38,10 @@ def test_page(storage: Storage, tmp_path: Path) -> None:
     storage.add("demo-0123456789")
     shots = Path(os.environ.get("CHATBOT_SCREENSHOTS") or tmp_path)
     port = free_port()
+    (tmp_path / "users").write_text(f"ann:{hash_password('correct horse')}\n")
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({
         "storage": str(storage.root), "serve": {"follow": "latest", "base": True},
+        "access": {"mode": "users", "users_file": str(tmp_path / "users")},
         "engine": {"threads": 1, "context": 6000, "device": "cpu"},
         "server": {"port": port, "temporary": str(tmp_path / "tmp")}, "records": {"directory": str(tmp_path / "records")},
         "page": {"max_tokens": 5000},
@@ -57,7 +60,8 @@ def test_page(storage: Storage, tmp_path: Path) -> None:
                     break
             except httpx.HTTPError:
                 time.sleep(0.3)
-        driver = subprocess.run([TOOLS, Path(__file__).with_name("browser.py"), url, shots], capture_output=True, text=True, timeout=500)
+        driver = subprocess.run([TOOLS, Path(__file__).with_name("browser.py"), url, shots, "correct horse"],
+                                capture_output=True, text=True, timeout=500)
         assert driver.returncode == 0, driver.stderr + (tmp_path / "log").read_text()
     finally:
         server.send_signal(signal.SIGTERM)
@@ -65,8 +69,11 @@ def test_page(storage: Storage, tmp_path: Path) -> None:
         log.close()
     seen = json.loads(driver.stdout)
     assert seen["outside"] == [] and seen["errors"] == []
+    assert seen["refused"] and seen["refused_at"] == seen["still_out"] == "/login" and seen["login_width"] <= 390
     assert seen["streamed"] and seen["stopped"] == seen["after_stop"] != ""
     assert seen["retried"] and seen["messages"] == 1
+    assert seen["question"] == "Does zinc shorten a cold?" and seen["messages_after_edit"] == 1
+    assert seen["edited"] and seen["edited"] != seen["retried"]
     assert "tokens/s" in seen["facts"] and "yes" in seen["facts"] and "demo-0123456789" in seen["facts"]
     assert "change the instructions" in seen["blocked"] and "guardrail" in seen["blocked_facts"]
     assert seen["left"] and seen["right"] and seen["left"] != seen["right"]

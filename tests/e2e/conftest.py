@@ -25,6 +25,12 @@ def layout() -> Layout:
     return Layout()
 
 
+@pytest.fixture(scope="module")
+def kube_config(layout: Layout) -> str:
+    """For pytest-helm-charts' `kube_cluster`."""
+    return str(layout.kubeconfig)
+
+
 @pytest.fixture(scope="session")
 def settings() -> Settings:
     return Settings()

@@ -52,19 +52,19 @@ def test_live_edits_are_taken_back(environment, wait_for, api, namespace):
     apps, core, custom = client.AppsV1Api(api), client.CoreV1Api(api), client.CustomObjectsApi(api)
     cluster = (*status.RAY, namespace, "rayclusters", "llm-finetune")
 
-    def workers() -> int:
-        return custom.get_namespaced_custom_object(*cluster)["spec"]["workerGroupSpecs"][0]["replicas"]
+    def groups() -> list[dict]:
+        return custom.get_namespaced_custom_object(*cluster)["spec"]["workerGroupSpecs"]
 
     config = core.read_namespaced_config_map(CHATBOT, namespace).data["chatbot.yaml"]
-    wanted, replicas = workers(), apps.read_namespaced_deployment(CHATBOT, namespace).spec.replicas
+    wanted, replicas = groups(), apps.read_namespaced_deployment(CHATBOT, namespace).spec.replicas
     edits = {
         "Deployment": (lambda: apps.patch_namespaced_deployment(CHATBOT, namespace, {"spec": {"replicas": replicas + 1}}),
                        lambda: apps.read_namespaced_deployment(CHATBOT, namespace).spec.replicas == replicas),
         "ConfigMap": (lambda: core.patch_namespaced_config_map(CHATBOT, namespace, {"data": {"chatbot.yaml": "serve: {follow: none}"}}),
                       lambda: core.read_namespaced_config_map(CHATBOT, namespace).data["chatbot.yaml"] == config),
-        "RayCluster": (lambda: custom.patch_namespaced_custom_object(*cluster, [
-                           {"op": "replace", "path": "/spec/workerGroupSpecs/0/replicas", "value": wanted + 1}]),
-                       lambda: workers() == wanted),
+        "RayCluster": (lambda: custom.patch_namespaced_custom_object(*cluster, {"spec": {"workerGroupSpecs": [
+                           {**wanted[0], "replicas": wanted[0]["replicas"] + 1}, *wanted[1:]]}}),
+                       lambda: groups()[0]["replicas"] == wanted[0]["replicas"]),
     }
     for kind, (edit, is_back) in edits.items():
         edit()

@@ -96,8 +96,11 @@ def make_environments(world: World) -> None:
         values["kuberay-operator"]["enabled"] = False
         values["nfs-provisioner"]["nodePath"]["path"] += f"/{FOLDER}"
         values["ray-cluster"]["head"].pop("dashboard")
-        values["ray-cluster"]["workerGroups"][0]["replicas"] = 1
+        # Beside the local environment: the node's cores are given out only once.
+        values["ray-cluster"]["head"]["cpuRequest"] = "20m"
+        values["ray-cluster"]["workerGroups"][0].update(replicas=1, cpuRequest="20m")
         values["chatbot"].update(service={"type": "ClusterIP"}, strategy="RollingUpdate")
+        values["chatbot"]["resources"]["requests"]["cpu"] = "20m"
         values["chatbot"]["config"]["serve"].pop("base")
 
     def small(values: dict[str, Any]) -> None:

@@ -42,7 +42,7 @@ CLUSTER = {"observedGeneration": 1, "desiredWorkerReplicas": 2, "minWorkerReplic
 
 @pytest.mark.parametrize(("status", "expected", "says"), [
     (None, "Progressing", "operator"),
-    ({**CLUSTER, "observedGeneration": 0}, "Progressing", "newest change"),
+    ({**CLUSTER, "observedGeneration": 0, "conditions": UP, "readyWorkerReplicas": 2}, "Healthy", "2 of 2"),
     ({**CLUSTER, "conditions": conditions(HeadPodReady="False")}, "Progressing", "head is not ready: HeadPodReady message"),
     ({**CLUSTER, "conditions": [{"type": "HeadPodReady", "status": "False", "message": ""}]}, "Progressing", "head is not ready"),
     ({**CLUSTER, "conditions": conditions(HeadPodReady="True"), "readyWorkerReplicas": 1}, "Progressing", "1 of 2"),

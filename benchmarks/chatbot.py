@@ -114,14 +114,15 @@ def memory(pid: int) -> dict[str, int]:
 
 
 async def user(client: httpx.AsyncClient, number: int, until: float, tokens: int, seen: dict[str, Any]) -> None:
-    """Asks one question after another until the time is up: every second one with an abstract, every fifth of the base model."""
+    """Asks one question after another until the time is up: every second one with an abstract (if the run's format has one), every fifth
+    of the base model (if it is loaded)."""
     for asked in range(sys.maxsize):
         if time.monotonic() >= until:
             return
         topic = TOPICS[(number + asked) % len(TOPICS)]
         messages = [{"role": "user", "content": f"Does {topic} reduce admissions ({number}, {asked})?"}]
         body = {"messages": messages, "max_tokens": tokens, "stream": True, "stream_options": {"include_usage": True}}
-        if asked % 2:
+        if seen["context"] and asked % 2:
             body["context"] = ABSTRACT.format(topic=topic)
         if seen["base"] and asked % 5 == 4:
             body["model"] = "base"
@@ -147,11 +148,12 @@ async def user(client: httpx.AsyncClient, number: int, until: float, tokens: int
             await asyncio.sleep(1)
 
 
-async def users(url: str, pid: int, args: argparse.Namespace, base: bool) -> dict[str, Any]:
+async def users(url: str, pid: int, args: argparse.Namespace, context: bool) -> dict[str, Any]:
     """All users at once, with samples of the server's memory."""
     began = time.monotonic()
     until = began + args.minutes * 60
-    seen: dict[str, Any] = {"answers": 0, "tokens": 0, "first": [], "errors": [], "base": base}
+    seen: dict[str, Any] = {"answers": 0, "tokens": 0, "first": [], "errors": [], "base": args.base,
+                            "context": context}
     samples: list[dict[str, float]] = []
     async with httpx.AsyncClient(base_url=url, timeout=300) as client:
         asking = [asyncio.create_task(user(client, n, until, args.tokens, seen)) for n in range(args.users)]
@@ -201,7 +203,8 @@ def load_test(args: argparse.Namespace) -> int:
                     pass
                 time.sleep(0.5)
             run = httpx.get(f"{url}/v1/models").json()["data"][0]["id"]
-            result = {"run": run, "threads": args.threads, "tokens": args.tokens, **asyncio.run(users(url, server.pid, args, args.base))}
+            context = bool(json.loads((args.storage / "runs" / run / "model" / "prompt.json").read_text()).get("with_context"))
+            result = {"run": run, "threads": args.threads, "tokens": args.tokens, **asyncio.run(users(url, server.pid, args, context))}
         finally:
             server.terminate()
             server.wait(60)

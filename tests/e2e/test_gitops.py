@@ -29,10 +29,10 @@ def pods(api: client.ApiClient, namespace: str) -> dict[str, str]:
     ("release.yaml", "version: 0.1.0", "version: 9.9.9", "9.9.9"),
 ], ids=["invalid values", "unknown chart version"])
 def test_a_push_that_does_not_render_changes_nothing_and_says_why(file, old, new, says, checkout, push, environment, wait_for, api,
-                                                                  namespace, settings):
+                                                                  namespace, settings, layout):
     settled(environment, wait_for)
+    wait_for(lambda: status.served_run(settings) == status.newest_run(layout), 180, "the chatbot with the newest run")
     before, served = pods(api, namespace), status.served_run(settings)
-    assert served
     path = checkout / "environments/local" / file
     text = path.read_text()
     assert text.count(old) == 1

@@ -187,6 +187,12 @@ def served_run(settings: Settings) -> str:
         return ""
 
 
+def newest_run(layout: Layout) -> str:
+    """Id of the newest finished run on the storage, which a chatbot with `follow: latest` moves to; empty if there is none."""
+    reports = [(path.stat().st_mtime_ns, path.parent.name) for path in (layout.storage / "runs").glob("*/report.json")]
+    return max(reports)[1] if reports else ""
+
+
 def text(api: client.ApiClient, layout: Layout, settings: Settings) -> str:
     """The whole screen."""
     lines = ["Node services"]

@@ -219,10 +219,10 @@ class Up:
             return runid.of_values(files, {"global": {"images": self.site().images}})
 
     def chatbot(self, say: Say) -> bool:
-        """Wait until the chatbot answers with the run's model."""
+        """Wait until the chatbot answers with the newest run's model."""
         deadline = time.monotonic() + 600
         waited = False
-        while not status.served_run(self.settings):
+        while status.served_run(self.settings) != status.newest_run(self.layout):
             waited = True
             say("loading the model")
             if time.monotonic() > deadline:

@@ -19,7 +19,7 @@ SYSCTLS = ("net/ipv4/ip_forward", "net/ipv4/conf/all/route_localnet", "net/bridg
 def take(layout: Layout) -> dict[str, list[str]]:
     """Processes (command lines), mounts, links, routes, nft tables, cgroups, folders, kernel settings."""
     links = sorted(path.name for path in Path("/sys/class/net").iterdir())
-    return {"processes": sorted(_processes()), "mounts": sorted(_mounts()), "links": links,
+    return {"processes": sorted(_processes(layout)), "mounts": sorted(_mounts()), "links": links,
             "routes": sorted(" ".join(line.split()[:3]) for line in Path("/proc/net/route").read_text().splitlines()[1:]),
             "nft tables": _tables(layout), "cgroups": sorted(_cgroups()), "folders": [f for f in FOLDERS if Path(f).exists()],
             "kernel settings": [f"{name}={Path('/proc/sys', name).read_text().strip()}" for name in SYSCTLS
@@ -32,17 +32,20 @@ def new(before: dict[str, list[str]], after: dict[str, list[str]]) -> dict[str, 
     return {kind: names for kind, names in added.items() if names}
 
 
-def _processes() -> Iterator[str]:
-    """Of all processes that do not descend from this one or are its ancestors, and are no threads of the kernel."""
-    own = _ancestors(os.getpid())
+def _processes(layout: Layout) -> Iterator[str]:
+    """Those that the cluster could have left: in a container (a mount namespace that is not ours), run from the cache, or told of the
+    cluster's folders. What else runs on a host comes and goes."""
+    own, here = _ancestors(os.getpid()), os.readlink("/proc/self/ns/mnt")
+    folders = tuple(str(f) for f in (layout.cache, layout.state, layout.runtime))
     for path in Path("/proc").glob("[0-9]*"):
         try:
-            if int(path.name) in own or _ancestors(int(path.name)) & {os.getpid()}:
+            if int(path.name) in own or os.getpid() in _ancestors(int(path.name)):
                 continue
             words = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+            program, namespace = os.readlink(path / "exe"), os.readlink(path / "ns/mnt")
         except (OSError, ValueError):
-            continue  # it has ended
-        if words:
+            continue  # it has ended, or is a thread of the kernel
+        if namespace != here or program.startswith(folders) or any(f"{folder}/" in words for folder in folders[1:]):
             yield words[:200]
 
 

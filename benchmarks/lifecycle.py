@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from record import record
 from train import MODELS, REPOSITORY, versions
 
 SAMPLE = REPOSITORY / "trainer/data/sample"
@@ -154,11 +155,7 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=600)
     options = parser.parse_args()
     result = measure(options)
-    text = json.dumps(result)
-    print(text)
-    if options.out:
-        with open(options.out, "a") as file:
-            file.write(text + "\n")
+    record(result, options.out)
     sys.exit(not result["holds"])
 
 

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from record import record
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
@@ -188,11 +189,7 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=900)
     options = parser.parse_args()
     result = measure(options)
-    text = json.dumps(result)
-    print(text)
-    if options.out:
-        with open(options.out, "a") as file:
-            file.write(text + "\n")
+    record(result, options.out)
     sys.exit(result["exit"])
 
 

@@ -10,7 +10,6 @@ can give back does not count) less what was in use before; disk is what the file
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import shutil
@@ -20,6 +19,8 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+
+from record import record
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TARGETS = {"cold": 35 * 60, "warm": 5 * 60, "unchanged": 30}
@@ -100,10 +101,7 @@ def main() -> None:
         if kind == "warm" and options.cold:
             make("down", Path(options.log))
         result = measure(kind, Path(options.log), max(0, in_use() - before))
-        print(json.dumps(result), flush=True)
-        if options.out:
-            with open(options.out, "a") as file:
-                file.write(json.dumps(result) + "\n")
+        record(result, options.out)
         worst = max(worst, result["exit"], int(result["seconds"] > result["target_seconds"]))
         if result["exit"]:
             break

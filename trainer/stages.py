@@ -168,6 +168,7 @@ def train(config: Config, paths: RunPaths, ranks: Ranks, device: torch.device, *
         engine = make_engine(config, device, ranks.rank, ranks.world)
         at_end.callback(engine.close)
         checkpointer = Checkpointer(paths.checkpoints, config.run.checkpoint, digest, engine)
+        at_end.callback(checkpointer.wait)  # before the engine's memory goes: a save may still read from it
         saved = restore(paths.checkpoints, digest, engine, ranks)
         devices = ranks.gather_objects(name)
         budgets = _budgets(config, ranks, saved, device, devices)

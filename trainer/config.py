@@ -15,6 +15,8 @@ Paths inside `run` are relative to the storage, so that the same run has the sam
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 import operator
 import os
 import re
@@ -29,6 +31,14 @@ from trainer.errors import ConfigError
 
 RUN_NAME = re.compile(r"^[a-z]([a-z0-9-]{0,34}[a-z0-9])?$")
 """A run's name: with `-` and the hash's ten digits it stays within KubeRay's 47 characters of a RayJob's name."""
+RUN_ID = re.compile(r"^[a-z][a-z0-9-]{0,46}$")
+"""A run's id: a name of a RayJob and of a directory (chatbot/config.py has the same)."""
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+"""A repository of the hub: never a path, neither absolute nor with `..`."""
+_NOT_TEXT = re.compile(r"[\x00-\x08\x0b\x0e-\x1f\x7f\ud800-\udfff]")
+
+MAX_BYTES, MAX_VALUES, MAX_DEPTH = 1 << 20, 10_000, 32
+"""A configuration file's size, its values (a YAML alias counts wherever it is used) and how deep they are nested."""
 
 
 def check(ok: bool, field: str, value: object, remedy: str) -> None:
@@ -87,7 +97,7 @@ class ModelConfig:
         check(bool(self.name) != bool(self.path), "run.model.name", self.name,
               "Set either run.model.name (a hub model) or run.model.path (a directory on the shared storage), not both.")
         if self.name:
-            check(bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", self.name)), "run.model.name", self.name, "Give a hub name: owner/model.")
+            check(bool(HUB_NAME.fullmatch(self.name)), "run.model.name", self.name, "Give a hub name: owner/model.")
             check(bool(re.fullmatch(r"[0-9a-f]{40}", self.revision)), "run.model.revision", self.revision,
                   "Give the 40-digit commit of the model's repository, so that the run can be repeated.")
         if self.path:
@@ -143,6 +153,10 @@ class DataConfig:
         given = [k for k in ("sample", "name", "path") if getattr(self, k)]
         check(len(given) == 1, "run.data", given, "Set exactly one of run.data.sample, run.data.name and run.data.path.")
         if self.name:
+            check(bool(HUB_NAME.fullmatch(self.name)), "run.data.name", self.name,
+                  "Give a hub name: owner/dataset. Files on the shared storage are named in run.data.path.")
+            for i, subset in enumerate(self.subsets):
+                check(bool(re.fullmatch(r"\w[^/\\]*", subset)), f"run.data.subsets[{i}]", subset, "Give the name of a configuration.")
             check(bool(re.fullmatch(r"[0-9a-f]{40}", self.revision)), "run.data.revision", self.revision,
                   "Give the 40-digit commit of the dataset's repository, so that the run can be repeated.")
         if self.path:
@@ -424,7 +438,8 @@ class Config:
 
     def __post_init__(self) -> None:
         check(os.path.isabs(self.storage), "storage", self.storage, "Give an absolute path.")
-        check(self.id == "" or self.id.startswith(self.run.name), "id", self.id, f"Start with run.name ({self.run.name}).")
+        check(self.id == "" or (self.id.startswith(self.run.name) and bool(RUN_ID.fullmatch(self.id))), "id", self.id,
+              f"Start with run.name ({self.run.name}); use lower-case letters, digits and '-', 47 at most.")
 
     @property
     def run_id(self) -> str:
@@ -437,16 +452,49 @@ class Config:
         return Path(self.storage)
 
 
+def _check_plain(value: Any, where: str = "", depth: int = 0, seen: list[int] | None = None) -> None:
+    """ConfigError for the first value that is not text, number, true, false, null, list or mapping, or for too many of them.
+
+    YAML has more than that (dates, sets, texts that contain themselves), and run.yaml, the hash and Ray must be able to hold it.
+    """
+    seen = seen if seen is not None else [0]
+    seen[0] += 1
+    place = where or "the file"
+    check(depth <= MAX_DEPTH, place, None, f"It is nested more than {MAX_DEPTH} deep. Write the values out plainly.")
+    check(seen[0] <= MAX_VALUES, place, None, f"The file has more than {MAX_VALUES} values, aliases counted where they are used.")
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            check(isinstance(key, str), place, key, "Give text as a field's name (in quotes, where YAML reads something else).")
+            _check_plain(key, place, depth + 1, seen)
+            _check_plain(inner, _joined(where, key), depth + 1, seen)
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            _check_plain(inner, f"{where}[{i}]", depth + 1, seen)
+    elif isinstance(value, str):
+        check(not _NOT_TEXT.search(value), place, value, "Give text without control characters.")
+    elif isinstance(value, float):
+        check(math.isfinite(value), place, value, "Give a finite number.")
+    elif isinstance(value, int):
+        check(-(1 << 63) <= value < 1 << 63, place, value, "Give a number of at most 64 bits.")
+    else:
+        check(value is None, place, value, "Give text (in quotes, where YAML reads something else), a number, true or false.")
+
+
+def _joined(where: str, key: str) -> str:
+    """The place of a field, for messages."""
+    return f"{where}.{key[:80]}" if where else key[:80] or "''"
+
+
 def _build(kind: Any, value: Any, where: str) -> Any:
     """`value` (from YAML) as the type `kind`; ConfigError with the field's place if it is not of that type."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
-        check(isinstance(value, dict), where, value, "Give a mapping of fields.")
+        check(isinstance(value, dict), where or "the file", value, "Give a mapping of fields.")
         fields = {f.name: f for f in dataclasses.fields(kind)}
         hints = typing.get_type_hints(kind)
         prefix = f"{where}." if where else ""
         for key in value:
-            check(key in fields, f"{prefix}{key}", value[key], f"Unknown field; {where or 'the file'} has {', '.join(fields)}.")
+            check(key in fields, _joined(where, key), value[key], f"Unknown field; {where or 'the file'} has {', '.join(fields)}.")
         for name, f in fields.items():
             if name not in value and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
                 raise ConfigError(f"{prefix}{name}", None, "This field is required.")
@@ -468,7 +516,7 @@ def _build(kind: Any, value: Any, where: str) -> Any:
                 value = float(value)
             except ValueError:
                 pass
-        check(isinstance(value, int | float) and not isinstance(value, bool) and value == value, where, value, "Give a number.")
+        check(isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value), where, value, "Give a number.")
         return float(value)
     if kind is int and isinstance(value, float) and value.is_integer():
         value = int(value)
@@ -479,11 +527,12 @@ def _build(kind: Any, value: Any, where: str) -> Any:
 
 def parse(document: Any) -> Config:
     """A Config from a parsed YAML document. Raises ConfigError naming the field, the value and the remedy."""
+    _check_plain(document)
     return typing.cast(Config, _build(Config, document, ""))
 
 
 def load(source: str, **overrides: Any) -> Config:
-    """Read a configuration: `source` is a file, or `env:NAME` for an environment variable that holds the YAML text.
+    """Read a configuration: `source` is a file, or `env:NAME` for an environment variable that holds the YAML (or JSON) text.
 
     `overrides` replace top-level parts that are not None (`storage`, `id`).
     """
@@ -493,13 +542,31 @@ def load(source: str, **overrides: Any) -> Config:
         text = os.environ[name]
     else:
         check(os.path.isfile(source), "--config", source, "No such file.")
-        text = Path(source).read_text(encoding="utf-8")
-    try:
-        document = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError("--config", source, f"It is not valid YAML: {error}") from None
+        check(os.path.getsize(source) <= MAX_BYTES, "--config", source, f"It is larger than {MAX_BYTES >> 20} MiB, as no configuration is.")
+        try:
+            text = Path(source).read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError("--config", source, f"It cannot be read: {error.strerror}.") from None
+        except UnicodeDecodeError:
+            raise ConfigError("--config", source, "It is not UTF-8 text. Convert it (iconv -t utf-8).") from None
+    document = _parsed(source, text)
     check(isinstance(document, dict), "--config", source, "The file must be a mapping with run and resources.")
     return parse({**document, **{k: v for k, v in overrides.items() if v is not None}})
+
+
+def _parsed(source: str, text: str) -> Any:
+    """The document of a JSON or YAML text. JSON is tried first: YAML 1.1 reads its number 1e-5 as text."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        pass
+    try:
+        return yaml.safe_load(text)
+    except RecursionError:
+        raise ConfigError("--config", source, f"It is nested more than {MAX_DEPTH} deep. Write the values out plainly.") from None
+    except Exception as error:  # beside YAMLError, what Python's conversions raise for `2001-99-99`, `!!bool x`, `!!int ""`
+        line = " ".join(str(error).split())[:300]
+        raise ConfigError("--config", source, f"It is not valid YAML: {type(error).__name__}: {line}.") from None
 
 
 def to_dict(config: Any) -> Any:

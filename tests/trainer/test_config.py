@@ -103,6 +103,55 @@ def test_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             config.load(str(path))
 
 
+HEAD = "run: {name: a, model: {path: m}, data: {sample: true}, "
+LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{b}: &{b} [{', '.join(['*' + a] * 10)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
+
+
+@pytest.mark.parametrize(("content", "field"), [
+    (b"\x80", "--config"),  # not UTF-8
+    (b"a: " + b"[" * 5000, "--config"), (b"[" * 50_000, "--config"), (b"{a: !!int ''}", "--config"), (b"{a: !!bool x}", "--config"),
+    (b"a: 2001-99-99", "--config"), (b"{a: !!timestamp x}", "--config"), (b"x" * ((1 << 20) + 1), "--config"),
+    (b"a: " + b"9" * 5000, "--config"), (b"a: 0x" + b"f" * 5000, "a"),
+    (b"{}", "run"), (b'{"": 1}', "''"), (b"{1: 2}", "the file"), (b"run: {1: 2}", "run"), (b"{run: 2001-01-01}", "run"),
+    (LAUGHS.encode(), "d["), (b"run: &r {name: *r}", "run.name"), (b"run: &r [*r]", "run"),
+    (b'{"run": "\\ud800"}', "run"), (b'{"run": {"name": "a\\u0000"}}', "run.name"),
+    (f"{HEAD} seed: 1.0e+400}}".encode(), "run.seed"), (f"{HEAD} train: {{epochs: .inf}}}}".encode(), "run.train.epochs"),
+    (f"{HEAD} train: {{epochs: inf}}}}".encode(), "run.train.epochs"),
+    (f"{HEAD} method: {{alpha: {'9' * 400}}}}}".encode(), "run.method.alpha"),
+    (f"{HEAD} model: {{path: m, architecture: &x {{x: *x}}}}}}".encode(), "run.model.architecture"),
+])
+def test_texts_that_broke_it(tmp_path: Path, content: bytes, field: str) -> None:
+    """Found by tests/fuzz/trainer/test_fuzz_config.py, or of that kind: each was an exception without field and remedy, or memory."""
+    path = tmp_path / "run.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        config.load(str(path))
+    assert caught.value.field.startswith(field) and len(str(caught.value)) < 2000
+
+
+def test_json_is_read_as_json(tmp_path: Path) -> None:
+    """YAML 1.1 reads JSON's 1e-5 and 1E3 as text, which a number of an architecture must not be."""
+    path = tmp_path / "run.json"
+    path.write_text('{"run": {"name": "a", "model": {"path": "m", "architecture": {"rms_norm_eps": 1e-5}}, "data": {"sample": true},'
+                    ' "train": {"learning_rate": 2e-5}}}')
+    made = config.load(str(path))
+    assert made.run.model.architecture == {"rms_norm_eps": 1e-5} and made.run.train.learning_rate == 2e-5
+
+
+@pytest.mark.parametrize("changes", [
+    {"id": "a/../../../etc"}, {"id": "a" * 48}, {"id": "a-X"},
+    {"run.data": {"name": "../../secret", "revision": "0" * 40}}, {"run.data": {"name": "/etc", "revision": "0" * 40}},
+    {"run.data": {"name": "a/..", "revision": "0" * 40}}, {"run.data": {"name": "a/b/c", "revision": "0" * 40}},
+    {"run.data": {"name": "a/b", "revision": "0" * 40, "subsets": ["../c"]}}, {"run.data": {"path": "../rows.jsonl"}},
+    {"run.data": {"path": "/rows.jsonl"}}, {"run.data.exclude_ids": "a/../../ids"},
+    {"run.model": {"name": "../m", "revision": "0" * 40}}, {"run.model": {"name": "..", "revision": "0" * 40}},
+])
+def test_no_name_leads_out_of_the_storage(changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        config.parse(document(changes))
+
+
 def test_every_range_has_a_remedy() -> None:
     """A limit without a remedy would give an error that helps nobody."""
     for kind in vars(config).values():

@@ -5,8 +5,8 @@
     python benchmarks/train.py --model 3b --workers 2 --engine deepspeed --set engine.checkpointing=selective
 
 Rows have PubMedQA's lengths (question and answer `qa`: 90 tokens on average; with context `qca`: 430), cut at 512; weights are random.
-Prints one JSON object a case: median tokens/s, MFU and step time after the warm-up steps, peak memory, versions. Random token ids, so the
-loss says only that the model learns the answers' distribution; convergence is tested elsewhere.
+Prints one JSON object a case: median tokens/s, MFU and step time after the warm-up steps, peak memory, versions. Token ids are random, so
+the loss says nothing; with `--text chain` they follow a random Markov chain, which a model can learn and never sees twice (float8.py).
 """
 
 from __future__ import annotations
@@ -50,7 +50,22 @@ def _lognormal(mean: float, p95: float) -> tuple[float, float]:
     return math.log(mean) - sigma * sigma / 2, sigma
 
 
-def make_dataset(directory: Path, kind: str, tokens: int, seed: int = 0) -> None:
+def chain(lengths: list[int], rng: np.random.Generator) -> list[Any]:
+    """Rows of a Markov chain in which each token has 32 successors of falling probability (entropy about 2.9 nats).
+
+    The table of successors is the same in every dataset.
+    """
+    successors = np.random.default_rng(7).integers(3, VOCABULARY, (VOCABULARY, 32)).astype(np.int32)
+    weights = 1.0 / np.arange(1, 33)
+    border = np.cumsum(weights / weights.sum())
+    made = np.empty((len(lengths), max(lengths)), dtype=np.int32)
+    made[:, 0] = rng.integers(3, VOCABULARY, len(lengths))
+    for place in range(1, made.shape[1]):
+        made[:, place] = successors[made[:, place - 1], np.minimum(np.searchsorted(border, rng.random(len(lengths))), 31)]
+    return [row[:length].copy() for row, length in zip(made, lengths, strict=True)]
+
+
+def make_dataset(directory: Path, kind: str, tokens: int, text: str = "random", seed: int = 0) -> None:
     """Write a dataset as `prepare` does, with at least `tokens` training tokens."""
     from trainer.data.shards import shard_name, write_shard
     from trainer.files import write_directory
@@ -58,16 +73,19 @@ def make_dataset(directory: Path, kind: str, tokens: int, seed: int = 0) -> None
     rng = np.random.default_rng(seed)
 
     def rows(total: int) -> tuple[list[Any], list[int]]:
-        made, starts, have = [], [], 0
+        lengths, starts = [], []
         mu, sigma = _lognormal(*ROWS[kind])
         answer_mu, answer_sigma = _lognormal(55.0, 95.0)
+        have = 0
         while have < total:
             length = int(np.clip(np.rint(rng.lognormal(mu, sigma)), 16, CONTEXT))
             answer = int(np.clip(np.rint(rng.lognormal(answer_mu, answer_sigma)), 4, length * 3 // 4))
-            made.append(rng.integers(3, VOCABULARY, length).astype(np.int32))
+            lengths.append(length)
             starts.append(length - answer)
             have += length
-        return made, starts
+        if text == "chain":
+            return chain(lengths, rng), starts
+        return [rng.integers(3, VOCABULARY, length).astype(np.int32) for length in lengths], starts
 
     def fill(folder: Path) -> dict[str, Any]:
         splits = {}
@@ -111,7 +129,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         storage = Path(folder)
         config = configuration(options, storage)
         run = storage / "runs" / config["run"]["name"]
-        make_dataset(run / "dataset", options.rows, (options.steps + 2) * config["run"]["train"]["tokens_per_step"])
+        make_dataset(run / "dataset", options.rows, (options.steps + 2) * config["run"]["train"]["tokens_per_step"], options.text)
         (storage / "run.yaml").write_text(yaml.safe_dump(config))
         began = time.monotonic()
         log = Path(options.log) if options.log else storage / "log"
@@ -143,6 +161,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 "slowest_step_beyond_usual": round(max(sum(line["seconds"].values()) for line in steady) - usual, 3),
                 "lost_seconds": round(sum(max(0.0, sum(line["seconds"].values()) - usual) for line in steady), 3),
                 "saved": [line.split(") ", 1)[-1][:160] for line in told]}
+        if options.curve:
+            result["losses"] = [round(line["loss"], 4) for line in lines]
         if code != 0:
             result["log_end"] = log.read_text(errors="replace")[-3000:]
         gpu = run / "gpu.csv"
@@ -152,11 +172,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return result | {"versions": versions()}
 
 
-def versions() -> dict[str, str]:
+def versions(*more: str) -> dict[str, str]:
     """Of what decides the speed."""
     import importlib.metadata as metadata
     found = {}
-    for name in ("torch", "transformers", "deepspeed", "peft", "torchao", "ray"):
+    for name in ("torch", "transformers", "deepspeed", "peft", "torchao", "ray", *more):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -164,9 +184,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def main() -> None:
-    """Measure one case and print it; `--out` appends it to a file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def command_line(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """The options of one case."""
     parser.add_argument("--model", choices=MODELS, default="7b")
     parser.add_argument("--rows", choices=ROWS, default="qca")
     parser.add_argument("--method", choices=("full", "lora", "qlora"), default="full")
@@ -182,12 +201,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--warm", type=int, default=4, help="first steps that do not count")
     parser.add_argument("--set", action="append", default=[], help="any other field of `run`, for example engine.offload=cpu")
+    parser.add_argument("--text", choices=("random", "chain"), default="random", help="what the token ids are drawn from")
+    parser.add_argument("--curve", action="store_true", help="tell every step's loss")
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--out", default="")
     parser.add_argument("--log", default="")
     parser.add_argument("--scratch", default=None)
     parser.add_argument("--timeout", type=float, default=900)
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Measure one case and print it; `--out` appends it to a file."""
+    options = command_line(argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)).parse_args()
     result = measure(options)
     record(result, options.out)
     sys.exit(result["exit"])

@@ -10,7 +10,7 @@ import time
 from typing import Any
 
 PORT = 29614
-TIMEOUT = 60.0
+TIMEOUT = 45.0
 """Seconds until the processes must have met, and a collective must have ended."""
 
 
@@ -26,11 +26,11 @@ def _rank(rank: int, local: int, world: int, address: str, port: int, gpu: bool,
             torch.set_num_threads(1)
         store = dist.TCPStore(address, port, world, is_master=rank == 0, timeout=datetime.timedelta(seconds=TIMEOUT))
         dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=rank, world_size=world,
-                                timeout=datetime.timedelta(seconds=TIMEOUT))
+                                device_id=device if gpu else None, timeout=datetime.timedelta(seconds=TIMEOUT))
         data = torch.full((megabytes * 250_000,), float(rank + 1), dtype=torch.float32, device=device)
         times = []
         for number in range(7):
-            dist.barrier()
+            dist.barrier(device_ids=[local] if gpu else None)
             begin = time.perf_counter()
             dist.all_reduce(data)
             if gpu:
@@ -58,7 +58,7 @@ def all_reduce(first: int, local: int, world: int, address: str, port: int = POR
                  for i in range(local)]
     for process in processes:
         process.start()
-    found, until = [], time.monotonic() + 3 * TIMEOUT
+    found, until = [], time.monotonic() + 2 * TIMEOUT
     while len(found) < local and time.monotonic() < until:
         try:
             found.append(answer.get(timeout=1))
@@ -73,7 +73,7 @@ def all_reduce(first: int, local: int, world: int, address: str, port: int = POR
     if errors := [f["error"] for f in found if "error" in f]:
         return {"error": errors[0]}
     if len(found) < local:
-        return {"error": f"not done within {3 * TIMEOUT:.0f} s"}
+        return {"error": f"not done within {2 * TIMEOUT:.0f} s"}
     if not all(f["right"] for f in found):
         return {"error": "the sum is wrong: a network card, a GPU or a driver damages data"}
     seconds = max(f["seconds"] for f in found)

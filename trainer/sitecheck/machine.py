@@ -86,6 +86,7 @@ def _burn(index: int, seconds: float) -> dict[str, Any]:
     import pynvml as nvml
     import torch
 
+    nvml.nvmlInit()
     device, size = torch.device("cuda", index), 8192
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     c = a @ b

@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from trainer.errors import UserError
@@ -87,16 +87,38 @@ def write_directory(path: Path, fill: Callable[[Path], dict[str, Any]]) -> dict[
     return manifest
 
 
+def read_json(path: Path) -> Any:
+    """A JSON file's value. Raises OSError or ValueError, whatever the file holds."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def manifest_files(manifest: Any) -> dict[str, dict[str, Any]]:
+    """The `files` of a manifest. Raises ValueError unless each is a name below the directory with its size and sha256."""
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, dict):
+        raise ValueError("it names no files")
+    for name, entry in files.items():
+        place = PurePosixPath(name)
+        if not place.parts or place.is_absolute() or ".." in place.parts or "\0" in name:
+            raise ValueError(f"it names {name!r}, which is no file below its directory")
+        if not (isinstance(entry, dict) and type(entry.get("size")) is int and isinstance(entry.get("sha256"), str)):
+            raise ValueError(f"it lacks size and sha256 of {name!r}")
+    return files
+
+
 def read_manifest(directory: Path, hashes: bool = False) -> dict[str, Any] | None:
     """The manifest of a directory if it is present and every file has its size (and, with `hashes`, its sha256); else None."""
     try:
-        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-        for name, entry in manifest["files"].items():
+        manifest = read_json(directory / MANIFEST)
+        for name, entry in manifest_files(manifest).items():
             path = directory / name
-            if path.stat().st_size != entry["size"] or (hashes and sha256(path) != entry["sha256"]):
+            if not path.is_file() or path.stat().st_size != entry["size"] or (hashes and sha256(path) != entry["sha256"]):
                 return None
         return manifest
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError):
         return None
 
 

@@ -32,7 +32,8 @@ NUMBERS = st.one_of(
 TEXTS = st.one_of(
     st.text(max_size=20), st.sampled_from([
         "", " ", "\n", "a\n", "\x00", "../..", "/etc/passwd", "a/../b", "1e-5", "nan", "inf", "-1", "0x10", "true", "null", "~", "=",
-        "{}", "[]", "{{ 7 }}", "${HOME}", "$(id)", "`id`", "%n", "x" * 300, "é", "\u202e", "\ud800", "<script>", "'\"", "2001-99-99", "1_000", "9" * 50]))
+        "{}", "[]", "{{ 7 }}",
+        "${HOME}", "$(id)", "`id`", "%n", "x" * 300, "é", "\u202e", "\ud800", "<script>", "'\"", "2001-99-99", "1_000", "9" * 50]))
 SCALARS = st.one_of(st.none(), st.booleans(), NUMBERS, TEXTS)
 JSON = st.recursive(SCALARS, lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(TEXTS, inner, max_size=4)),
                     max_leaves=12)

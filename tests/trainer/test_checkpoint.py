@@ -380,3 +380,54 @@ def test_damage_that_one_rank_sees_is_passed_over_by_all(tmp_path, pool):
         file.seek(-1, 2)
         file.write(b"\xff")
     assert [step for step, _ in pool.run(2, "tests.trainer.test_checkpoint:case_restore", {"directory": str(tmp_path)})] == [5, 5]
+
+
+def manifest_without_a_rank(manifest):
+    del manifest["files"]["rank-00000.safetensors"]
+
+
+@pytest.mark.parametrize("change", [
+    manifest_without_a_rank, lambda m: m["files"].pop("state.json"), lambda m: m.pop("world"), lambda m: m.update(world=10**12),
+    lambda m: m.update(world="1"), lambda m: m.update(files=[]),
+    lambda m: m["files"].update({"../step-1/state.json": {"size": 1, "sha256": ""}}),
+    lambda m: m["files"]["state.json"].update(size=True), lambda m: m["files"]["state.json"].update(sha256="0" * 64),
+    lambda m: m["files"].update({"/etc/hostname": {"size": 1, "sha256": "0"}}), lambda m: m["files"].update({"\x00": {}}),
+])
+def test_a_manifest_that_was_changed_is_not_believed(tmp_path, change):
+    """Found by tests/fuzz/trainer/test_fuzz_manifests.py, or of that kind; each is passed over for the checkpoint before."""
+    save(tmp_path, 1, 2)
+    path = tmp_path / "step-2" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+    assert [s.step for s in store.whole(tmp_path)] == [1] and restored(tmp_path)[0]["step"] == 1
+
+
+@pytest.mark.parametrize("state", ['{"step": 2, "metrics": {"eval_loss": "1"}, "config_sha256": "d"}', "[" * 9000, '{"step": 1e999}',
+                                   '{"step": 2, "metrics": {"eval_loss": NaN}, "config_sha256": "d"}'])
+def test_a_state_that_was_changed_with_its_manifest_breaks_nothing(tmp_path, state):
+    save(tmp_path, 1, 2)
+    (tmp_path / "step-2" / "state.json").write_text(state)
+    path = tmp_path / "step-2" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["files"]["state.json"] = {"size": len(state), "sha256": saver.sha256(tmp_path / "step-2" / "state.json")}
+    path.write_text(json.dumps(manifest))
+    assert [s.step for s in store.whole(tmp_path)] == [1] and store.best(tmp_path).step == 1
+
+
+@pytest.mark.parametrize(("old", "new"), [
+    (b'"shape":[', b'"shape":[ 1e0,'), (b'"data_offsets":[0,', b'"data_offsets":[0.0,'), (b'"data_offsets":[0,', b'"data_offsets":[-8,'),
+    (b'\\"weights/0.weight\\": [64, 12]', b'\\"weights/0.weight\\": [-64, -12]'),
+    (b'\\"weights/0.weight\\": [64, 12]', b'\\"weights/0.weight\\": [1e999]'), (b'{"__metadata__"', b"[" * 9000),
+])
+def test_a_header_that_lies_is_found(tmp_path, old, new):
+    save(tmp_path, 1)
+    path = tmp_path / "step-1" / "rank-00000.safetensors"
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = content[8:8 + size]
+    assert old in header
+    header = header.replace(old, new, 1)
+    path.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + size:])
+    with pytest.raises(BrokenCheckpoint):
+        CheckpointReader(tmp_path / "step-1")

@@ -142,7 +142,7 @@ class TensorFile:
                     raise BrokenCheckpoint(f"{path}: its header's length {length} is not possible")
                 header = json.loads(file.read(length))
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise BrokenCheckpoint(f"{path}: {error}") from None
         self._data = 8 + length
         self.entries: list[Entry] = []
@@ -152,11 +152,12 @@ class TensorFile:
             for key, value in header.items():
                 name, _, start = key.rpartition("@")
                 dtype, (count,), (begin, end) = DTYPES[value["dtype"]], value["shape"], value["data_offsets"]
-                inside = 0 <= begin <= end <= size - self._data and end - begin == count * dtype.itemsize
-                if not inside or int(start) < 0 or name not in self.shapes:
+                whole = all(type(number) is int for number in (count, begin, end))
+                inside = whole and 0 <= begin <= end <= size - self._data and end - begin == count * dtype.itemsize
+                if not inside or int(start) < 0 or name not in self.shapes or min(self.shapes[name], default=0) < 0:
                     raise BrokenCheckpoint(f"{path}: {key} lies outside the file")
                 self.entries.append(Entry(name, int(start), count, dtype, begin))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
             raise BrokenCheckpoint(f"{path}: its header is not a checkpoint's: {error!r}") from None
 
     def elements(self, entry: Entry, start: int, count: int) -> torch.Tensor:

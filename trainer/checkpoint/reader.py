@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import json
 import math
 import warnings
 from pathlib import Path
@@ -12,9 +11,14 @@ from typing import Any
 import torch
 
 from trainer.checkpoint.format import BrokenCheckpoint, Entry, TensorFile
-from trainer.files import MANIFEST, sha256
+from trainer.files import MANIFEST, manifest_files, read_json, sha256
 
 STATE = "state.json"
+
+
+def rank_file(rank: int) -> str:
+    """Name of a rank's file."""
+    return f"rank-{rank:05d}.safetensors"
 
 
 class CheckpointReader:
@@ -26,11 +30,11 @@ class CheckpointReader:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         try:
-            self.manifest: dict[str, Any] = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-            self.state: dict[str, Any] = json.loads((directory / STATE).read_text(encoding="utf-8"))
+            self.manifest: dict[str, Any] = read_json(directory / MANIFEST)
+            self.state: dict[str, Any] = read_json(directory / STATE)
             self.step = int(self.state["step"])
-            files = sorted(self.manifest["files"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            files = sorted(manifest_files(self.manifest))
+        except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
             raise BrokenCheckpoint(f"{directory}: {error!r}") from None
         self._ranges: dict[str, list[tuple[Entry, TensorFile]]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}

@@ -28,7 +28,7 @@ import torch
 from trainer.checkpoint import format as tensors
 from trainer.checkpoint import store
 from trainer.checkpoint.format import BrokenCheckpoint, Layout
-from trainer.checkpoint.reader import STATE, CheckpointReader
+from trainer.checkpoint.reader import STATE, CheckpointReader, rank_file
 from trainer.config import CheckpointConfig
 from trainer.engines.base import Engine, Piece
 from trainer.errors import UserError
@@ -216,7 +216,7 @@ class Checkpointer:
     def _write(self, step: int, layout: Layout, data: Iterable[torch.Tensor], state: dict[str, Any]) -> tuple[bool, str]:
         ranks = self._ranks
         temporary = self.directory / f".step-{step}.{self._attempt}"
-        name = f"rank-{ranks.rank:05d}.safetensors"
+        name = rank_file(ranks.rank)
         total = int(ranks.sum([float(len(layout.header) + layout.size)])[0])
         status, digest, written, why = OK, bytes(32), 0, ""
         try:
@@ -253,7 +253,7 @@ class Checkpointer:
         files = {}
         for rank, (_, size, *words) in enumerate(parts):
             digest = b"".join(word.to_bytes(8, "big", signed=True) for word in words)
-            files[f"rank-{rank:05d}.safetensors"] = {"size": size, "sha256": digest.hex()}
+            files[rank_file(rank)] = {"size": size, "sha256": digest.hex()}
         write_json(temporary / STATE, state)
         files[STATE] = {"size": (temporary / STATE).stat().st_size, "sha256": sha256(temporary / STATE)}
         write_json(temporary / MANIFEST, {"step": step, "world": len(parts), "config_sha256": self.config_sha256, "files": files})

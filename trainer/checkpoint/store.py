@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import math
 import os
 import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.checkpoint.reader import STATE
+from trainer.checkpoint.reader import STATE, rank_file
 from trainer.config import CheckpointConfig
-from trainer.files import MANIFEST, read_manifest, sync_directory
+from trainer.files import MANIFEST, manifest_files, read_json, read_manifest, sha256, sync_directory
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ STEP = re.compile(r"^step-(\d+)$")
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint whose files all have the sizes of its manifest."""
+    """A checkpoint whose files all have the sizes of its manifest, and whose state (a small file) has its sha256."""
 
     step: int
     path: Path
@@ -43,10 +43,20 @@ def whole(checkpoints: Path, warn: bool = True) -> list[Saved]:
         if not match:
             continue
         try:
-            if read_manifest(path) is None:
+            manifest = read_manifest(path)
+            if manifest is None:
                 raise ValueError(_what_is_wrong(path))
-            state = json.loads((path / STATE).read_text(encoding="utf-8"))
-            found.append(Saved(int(match[1]), path, state["metrics"].get("eval_loss"), state["config_sha256"]))
+            # No more names than the manifest can have: its number of ranks may be any.
+            expected = [STATE, *map(rank_file, range(min(manifest["world"], len(manifest["files"]))))]
+            if missing := [name for name in expected if name not in manifest["files"]]:
+                raise ValueError(f"{MANIFEST} does not name {missing[0]}")
+            if sha256(path / STATE) != manifest["files"][STATE]["sha256"]:
+                raise ValueError(f"{STATE} does not have its sha256")
+            state = read_json(path / STATE)
+            loss = state["metrics"].get("eval_loss")
+            if loss is not None and not (isinstance(loss, int | float) and math.isfinite(loss)):
+                raise ValueError(f"{STATE} has the held-out loss {loss!r}")
+            found.append(Saved(int(match[1]), path, loss, state["config_sha256"]))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             if warn:
                 log.warning("Checkpoint %s is not whole and is passed over: %s", path.name, error)
@@ -55,13 +65,13 @@ def whole(checkpoints: Path, warn: bool = True) -> list[Saved]:
 
 def _what_is_wrong(path: Path) -> str:
     try:
-        for name, entry in json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"].items():
+        for name, entry in manifest_files(read_json(path / MANIFEST)).items():
             file = path / name
             if not file.exists():
                 return f"{name} is missing"
             if file.stat().st_size != entry["size"]:
                 return f"{name} has {file.stat().st_size} bytes instead of {entry['size']}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         return f"{MANIFEST} is missing or not readable ({error})"
     return "it changed while it was read"
 

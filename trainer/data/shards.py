@@ -52,24 +52,30 @@ def write_arrays(path: Path, tokens: NDArray[np.int32], offsets: NDArray[np.int6
 
 
 def map_safetensors(path: Path) -> tuple[dict[str, NDArray[Any]], Mapping[str, str]]:
-    """Read-only views of a file's integer tensors, and its metadata. Pages are read on first use.
+    """Read-only views of a file's integer tensors, and its metadata. Pages are read on first use. Raises UserError if it is damaged.
 
     The layout is safetensors': a little-endian u64, that many bytes of JSON, then the data.
     """
     try:
         data = np.memmap(path, dtype=np.uint8, mode="r")
         size = int.from_bytes(data[:8].tobytes(), "little")
+        if size > len(data) - 8:
+            raise ValueError("the file ends within its header")
         header = json.loads(data[8 : 8 + size].tobytes())
         metadata = header.pop("__metadata__", {})
         tensors = {}
         for name, entry in header.items():
-            start, end = (8 + size + o for o in entry["data_offsets"])
-            if end > len(data):
-                raise ValueError("the file ends early")
-            tensors[name] = data[start:end].view(_TYPES[entry["dtype"]]).reshape(entry["shape"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a readable token shard ({error}). Remove the dataset directory and run `prepare` again.") from None
+            start, end = entry["data_offsets"]
+            if not 0 <= start <= end <= len(data) - 8 - size:
+                raise ValueError(f"{name} lies outside the file")
+            tensors[name] = data[8 + size + start : 8 + size + end].view(_TYPES[entry["dtype"]]).reshape(entry["shape"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise _broken(path, error) from None
     return tensors, metadata
+
+
+def _broken(path: Path, error: object) -> UserError:
+    return UserError(f"{path} is not a readable token shard ({error}). Remove the dataset directory and run `prepare` again.")
 
 
 class TokenShards:
@@ -87,13 +93,20 @@ class TokenShards:
         """Longest row that the dataset allows (data.max_tokens), not the longest it has."""
         for path in paths:
             tensors, metadata = map_safetensors(path)
-            offsets = np.asarray(tensors["offsets"])
+            try:
+                offsets = np.asarray(tensors["offsets"])
+                longest = int(metadata["max_tokens"])
+                if not (tensors["tokens"].ndim == tensors["answer_start"].ndim == 1 and offsets.shape == (len(tensors["answer_start"]) + 1,)
+                        and offsets[0] == 0 and offsets[-1] == len(tensors["tokens"]) and (np.diff(offsets) >= 0).all()):
+                    raise ValueError("rows and tokens do not belong together")
+            except (ValueError, LookupError, TypeError, OverflowError) as error:
+                raise _broken(path, error) from None
             self._tokens.append(tensors["tokens"])
             self._offsets.append(offsets)
             lengths.append(np.diff(offsets).astype(np.int32))
             answer_start.append(np.asarray(tensors["answer_start"]))
             firsts.append(firsts[-1] + len(offsets) - 1)
-            self.max_tokens = max(self.max_tokens, int(metadata["max_tokens"]))
+            self.max_tokens = max(self.max_tokens, longest)
         self._first = np.array(firsts, dtype=np.int64)
         self.lengths: NDArray[np.int32] = np.concatenate(lengths)
         """Tokens of each row, int32 [rows]."""

@@ -405,6 +405,8 @@ class ResourcesConfig:
     """Workers on one node, for `plan` (0: at most 8)."""
     groups: list[GroupConfig] = field(default_factory=list)
     """Unlike workers, for `plan`: one entry a kind of node (empty: all alike)."""
+    balance: Literal["speed", "equal"] = "speed"
+    """How a step's tokens are dealt: by the workers' measured speed, again when it changes; or equally, which repeats a run bit for bit."""
     prepare_cpus: float = limited(1.0, "Give a positive number of cores.", above=0)
     """CPU cores of the dataset preparation."""
     max_failures: int = limited(10, "Give 0 or a positive number.", minimum=0)

@@ -152,6 +152,7 @@ def train(config: Config, paths: RunPaths, ranks: Ranks, device: torch.device, *
     from trainer.data.shards import TokenShards
     from trainer.engines import make_engine
     from trainer.train import stop
+    from trainer.train.balance import start as start_budgets
     from trainer.train.loop import Training
     from trainer.train.metrics import Recorder, peak_flops
 
@@ -171,15 +172,15 @@ def train(config: Config, paths: RunPaths, ranks: Ranks, device: torch.device, *
         at_end.callback(checkpointer.wait)  # before the engine's memory goes: a save may still read from it
         saved = restore(paths.checkpoints, digest, engine, ranks)
         devices = ranks.gather_objects(name)
-        budgets = _budgets(config, ranks, saved, device, devices)
-        held_out = evaluation_batches(test, rows, max(budgets[ranks.rank]), ranks.rank, ranks.world, config.run.data.loss_on)
+        budgets, rebalance = start_budgets(config, ranks, engine.lockstep_group, saved, device, devices)
+        held_out = evaluation_batches(test, rows, [max(of_rank) for of_rank in budgets], ranks.rank, config.run.data.loss_on)
         peaks = ranks.sum([peak_flops(name), float(peak_flops(name) == 0)])
         if ranks.rank == 0:
             log.info("%s: %d workers, %s on %s (%.1f s)", f"Going on after step {saved['step']}" if saved else "Starting", ranks.world,
                      type(engine).__name__, name, time.monotonic() - began)
         recorder = Recorder(paths, config.run_id, saved["step"] if saved else 0, gauges=gauges) if ranks.rank == 0 else None
         training = Training(config, engine, ranks, checkpointer, shards, held_out, budgets, peak=0.0 if peaks[1] else peaks[0],
-                            recorder=recorder, report=report, stop=asked, stored={"budgets": budgets, "devices": devices})
+                            rebalance=rebalance, recorder=recorder, report=report, stop=asked, stored={"devices": devices})
         try:
             training.resume(saved)
             state = training.run()
@@ -187,28 +188,6 @@ def train(config: Config, paths: RunPaths, ranks: Ranks, device: torch.device, *
             if recorder is not None:
                 recorder.close()
     return {"step": training.step, "finished": state.finished, "tokens": state.tokens, "seconds": round(state.seconds, 3), **state.metrics}
-
-
-def _budgets(config: Config, ranks: Ranks, saved: dict[str, Any] | None, device: torch.device, devices: list[str]) -> list[list[int]]:
-    """Tokens of each rank's micro-batches. Those of the checkpoint while the ranks have the devices of then: the steps are then the
-    same, bit for bit, and compiled shapes stay. Else by measured speed (equal on CPUs, where a measurement tells of the neighbours)."""
-    from trainer.model.load import DTYPES, model_config, tokenizer_size
-    from trainer.train.balance import SpeedProbe, budgets_by_speed
-
-    if saved is not None and saved.get("devices") == devices and saved.get("budgets"):
-        return [[int(b) for b in of_rank] for of_rank in saved["budgets"]]
-    speed = 1.0
-    if device.type == "cuda" and ranks.world > 1:
-        run = config.run
-        probe = SpeedProbe(model_config(config, tokenizer_size(config)), DTYPES[run.model.dtype], device, run.engine.compile)
-        ranks.barrier()
-        speed = probe.measure(run.train.micro_batch_tokens, min(run.data.max_tokens, 512))
-    # In millitokens per second, as integers: every rank computes with the same numbers.
-    speeds = [of_rank[0] / 1000 for of_rank in ranks.gather([round(speed * 1000)])]
-    budgets = budgets_by_speed(config, speeds, device.type == "cuda")
-    if ranks.rank == 0:
-        log.info("Tokens of each worker's micro-batches: %s", ", ".join(f"{len(b)}x{b[0]}" for b in budgets))
-    return budgets
 
 
 def _export(config: Config, paths: RunPaths, progress: Progress) -> None:

@@ -132,7 +132,7 @@ def evaluations(rank: int, world: int, data: str, **config: Any) -> dict[str, An
 def uneven(rank: int, world: int, data: str, micro: list[int], **config: Any) -> list[tuple[float, float]]:
     """The loss curve with `micro[rank]` micro-batches on each rank; RuntimeError unless the engine says that it can."""
     with engine_of(rank, world, **config) as engine:
-        if not engine.unequal_micro_batches:
+        if engine.lockstep_group != rank:
             raise RuntimeError("the engine wants equal numbers of micro-batches")
         return train(engine, TokenShards(Path(data), "train"), 0, STEPS, micro[rank])
 

@@ -101,6 +101,11 @@ def make_records(paths: RunPaths, config: Config, steps: int = 120, nodes: int =
                 "lr": 2e-5 * min(1, step / 6) * (0.5 + 0.5 * math.cos(math.pi * step / steps)), "grad_norm": 1 + rng.random(),
                 "tokens": 4096, "rows": 11, "tokens_per_second": 820 + rng.gauss(0, 30), "samples_per_second": 2.2, "mfu": None,
                 "seconds": {"data": 0.01, "forward_backward": 4.6, "optimizer": 0.3, "checkpoint": 0.02}, "time": start + 5 * step}
+        if step % 5 == 0:
+            fast, wait = (2048, 9.0) if step <= 10 else (2752, 1.0)  # the second worker is slower; tokens are dealt anew after step 10
+            line["workers"] = {"steps": 5, "seconds": 25.0, "ranks": [
+                {"micro_batches": 1, "micro_batch_tokens": fast, "tokens": 5 * fast, "compute": 23.0 - wait, "wait": wait},
+                {"micro_batches": 1, "micro_batch_tokens": 4096 - fast, "tokens": 5 * (4096 - fast), "compute": 23.0, "wait": 0.0}]}
         if step % 30 == 0:
             line |= {"eval_loss": 1.95 + 1.1 * math.exp(-step / 30), "perplexity": math.exp(1.95 + 1.1 * math.exp(-step / 30))}
         lines.append(json.dumps(line))

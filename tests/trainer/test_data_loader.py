@@ -134,7 +134,7 @@ def test_loader_raises_the_threads_error_and_leaves_no_thread(tmp_path: Path) ->
 def test_evaluation_covers_each_row_once_with_equal_numbers_of_batches(tmp_path: Path, world: int) -> None:
     shards, _ = make_shards(tmp_path, [int(n) for n in np.random.default_rng(0).integers(4, 60, 31)])
     rows = list(range(1, 31, 2))
-    batches = [evaluation_batches(shards, rows, 64, rank, world) for rank in range(world)]
+    batches = [evaluation_batches(shards, rows, [64, 96, 64][:world], rank) for rank in range(world)]
     assert len({len(b) for b in batches}) == 1
     assert sum(b.rows for of_rank in batches for b in of_rank) == len(rows)
     assert sum(b.loss_tokens for of_rank in batches for b in of_rank) == shards.loss_tokens(rows)

@@ -81,6 +81,19 @@ def test_json_has_what_others_read(made: tuple[Any, RunPaths, dict[str, Any]]) -
     assert report["data"]["splits"]["test"]["rows"] == 12 and len(report["gpu"]) == 2
 
 
+def test_workers_say_what_they_did_and_waited(made: tuple[Any, RunPaths, dict[str, Any]]) -> None:
+    _, paths, report = made
+    workers = report["workers"]
+    assert [w["tokens"] for w in workers["ranks"]] == [5 * (2 * 2048 + 22 * 2752), 5 * (2 * 2048 + 22 * 1344)]
+    assert [w["wait"] for w in workers["ranks"]] == [2 * 9.0 + 22.0, 0.0] and workers["ranks"][1]["share"] == pytest.approx(23 / 25)
+    assert workers["seconds"] == 600.0 and workers["rest"] == pytest.approx(48.0)
+    assert workers["budgets"] == [{"step": 1, "ranks": [[1, 2048]] * 2}, {"step": 11, "ranks": [[1, 2752], [1, 1344]]}]
+    markdown, page = paths.report("md").read_text(), paths.report("html").read_text()
+    assert "| 0 | 323,200 | 8 min 32 s | 40 s | 85 % |" in markdown
+    assert "\n- from step 1: 1 x 2,048 (2 workers)\n" in markdown and "\n- from step 11: 1 x 2,752, 1 x 1,344\n" in markdown
+    assert "<h2>Workers</h2>" in page and "from step 11: 1 x 2,752, 1 x 1,344." in page
+
+
 def test_page_is_self_contained_and_escaped(made: tuple[Any, RunPaths, dict[str, Any]]) -> None:
     text = made[1].report("html").read_text()
     page = Page(text)

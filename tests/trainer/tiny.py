@@ -40,6 +40,10 @@ class TinyEngine(Engine):
         self.moments = {kind: {n: torch.zeros_like(p) for n, p in self.model.named_parameters()} for kind in ("exp_avg", "exp_avg_sq")}
         self.updates = 0
 
+    @property
+    def timed_parts(self) -> list[torch.nn.Module]:
+        return []  # what it does takes no time that could be told
+
     def _loss(self, batch: PackedBatch) -> torch.Tensor:
         logits = self.model(batch.input_ids[batch.loss_index])
         return torch.nn.functional.cross_entropy(logits, batch.targets, reduction="sum")
@@ -145,12 +149,13 @@ def run(settings: Config, *, rank: int = 0, world: int = 1, die_at: int = 0, ter
 
     engine.step = step  # type: ignore[method-assign]
     recorder = Recorder(paths, settings.run_id, saved["step"] if saved else 0, gauges=False, board=False) if rank == 0 else None
-    batches = evaluation_batches(held_out, range(len(held_out)), 64, rank, world)
+    batches = evaluation_batches(held_out, range(len(held_out)), [64] * world, rank)
     training = Training(settings, engine, ranks, checkpointer, shards, batches, [[64] * (2 // world)] * world, recorder=recorder, stop=stop)
     try:
         training.resume(saved)
         state = training.run()
     finally:
+        checkpointer.wait()  # as trainer/stages.py does, whatever ended the run
         if recorder is not None:
             recorder.close()
     weights = {n: p.detach().clone() for n, p in engine.model.named_parameters()}

@@ -87,13 +87,16 @@ def collate(shards: TokenShards, rows: Sequence[int], budget: int, loss_on: str 
                        targets=torch.from_numpy(input_ids[index + 1]), rows=len(rows), tokens=filled, loss_tokens=len(index))
 
 
-def evaluation_batches(shards: TokenShards, rows: Sequence[int], budget: int, rank: int, world: int,
+def evaluation_batches(shards: TokenShards, rows: Sequence[int], budgets: Sequence[int], rank: int,
                        loss_on: str = "answer") -> list[PackedBatch]:
-    """This rank's share of some rows, each exactly once over all ranks; every rank gets the same number of batches."""
+    """This rank's share of some rows, each exactly once over all ranks; every rank gets the same number of batches.
+
+    `budgets`: tokens of one batch of each rank.
+    """
     planner = StepPlanner(shards.lengths[np.asarray(rows, dtype=np.int64)], seed=0, epochs=1)
-    segments, batches = shards.segments(budget), []
-    while (plan := planner.plan([[budget]] * world)) is not None:
-        batches.append(collate(shards, [int(rows[i]) for i in plan[rank][0]], budget, loss_on, segments))
+    segments, batches = shards.segments(budgets[rank]), []
+    while (plan := planner.plan([[budget] for budget in budgets])) is not None:
+        batches.append(collate(shards, [int(rows[i]) for i in plan[rank][0]], budgets[rank], loss_on, segments))
     return batches
 
 

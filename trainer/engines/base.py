@@ -48,14 +48,21 @@ class Engine(abc.ABC):
 
         `batches` are this rank's micro-batches of one step (CPU tensors), `loss_tokens` the number of trained tokens of the step
         over all ranks. Gradients are reduced once, after the last micro-batch, where the engine can. Ranks may hold different
-        numbers of tokens; whether they may hold different numbers of micro-batches is `unequal_micro_batches`.
+        numbers of tokens; only ranks of one `lockstep_group` must hold the same number of micro-batches.
         Returns this rank's loss sum, detached, on the device (no synchronisation).
         """
 
     @property
-    def unequal_micro_batches(self) -> bool:
-        """Whether ranks may have different numbers of micro-batches in a step. Not collective."""
-        return False
+    def lockstep_group(self) -> int:
+        """Ranks with the same number here must hold the same number of micro-batches in a step. Not collective."""
+        return 0
+
+    @property
+    def timed_parts(self) -> list[nn.Module]:
+        """Modules whose passes are nearly all of a rank's work, and in which nothing waits for another rank (trainer/train/busy.py)."""
+        from trainer.engines.layers import decoder_layers
+
+        return [*decoder_layers(self.model), self.model.lm_head]  # type: ignore[list-item]
 
     @abc.abstractmethod
     def step(self, learning_rate: float) -> torch.Tensor:

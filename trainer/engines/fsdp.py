@@ -83,9 +83,9 @@ class FsdpEngine(TorchEngine):
         return torch.device("cpu") if self._offload else self.device
 
     @property
-    def unequal_micro_batches(self) -> bool:
-        """Between the nodes of hybrid sharding; ranks of one node hold the same number."""
-        return self._hybrid
+    def lockstep_group(self) -> int:
+        """All ranks, or with hybrid sharding those of a node."""
+        return self.mesh.get_local_rank("replicate") if self._hybrid else 0
 
     def forward_backward(self, batches: Sequence[PackedBatch], loss_tokens: int) -> torch.Tensor:
         model: FSDPModule = self.model  # type: ignore[assignment]

@@ -59,8 +59,8 @@ class ReplicatedEngine(TorchEngine):
         return add
 
     @property
-    def unequal_micro_batches(self) -> bool:
-        return True
+    def lockstep_group(self) -> int:
+        return self.rank
 
     def forward_backward(self, batches: Sequence[PackedBatch], loss_tokens: int) -> torch.Tensor:
         total = torch.zeros((), device=self.device)

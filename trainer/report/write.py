@@ -12,6 +12,7 @@ from trainer.paths import RunPaths
 from trainer.report.document import build, cells, run_yaml
 from trainer.report.metrics import duration, finite, number, rate, records, samples
 from trainer.report.plots import figures
+from trainer.report.workers import describe_budgets
 
 _TEMPLATES = Path(__file__).parent
 
@@ -40,8 +41,9 @@ def render(template: str, report: dict[str, Any], plots: list[tuple[str, str]]) 
     html = template.endswith(".html.j2")
     environment = Environment(loader=FileSystemLoader(_TEMPLATES), autoescape=html, undefined=StrictUndefined, trim_blocks=True,
                               lstrip_blocks=True, keep_trailing_newline=True)
-    environment.filters |= {"number": number, "rate": rate, "duration": duration, "bytes": lambda v: rate(v).removesuffix("/s"),
-                            "cell": markdown_cell, "quote": markdown_quote}
+    filters: dict[str, Any] = {"number": number, "rate": rate, "duration": duration, "bytes": lambda v: rate(v).removesuffix("/s"),
+                            "cell": markdown_cell, "quote": markdown_quote, "budgets": describe_budgets}
+    environment.filters |= filters
     return environment.get_template(template).render(
         report=report, main=cells(report, True), details=cells(report, False), config=run_yaml(report),
         plots=[(title, Markup(svg)) for title, svg in plots])  # plots.py escapes labels

@@ -2,7 +2,8 @@
 
 Per step the ranks exchange one short vector on the CPU: the loss of the step before (whose value has then arrived from the GPU without
 a wait), whether one of them was asked to end, and whether a save is under way. So all ranks decide the same at the same step, and
-nothing in a step waits for the device.
+nothing in a step waits for the device. Every few steps they also exchange how long each computed: from that come new budgets, which
+take effect between two steps, and the report's table of the workers.
 
 Random numbers (dropout) are drawn from a generator that is seeded anew at each step from the run's seed, the step and the rank. They
 are thereby restored with the step: the same world size continues with the same bits.
@@ -29,12 +30,19 @@ from trainer.data.packing import Budgets, StepPlanner
 from trainer.data.shards import TokenShards
 from trainer.engines.base import Engine
 from trainer.errors import UserError
+from trainer.train.balance import Rebalance, describe
+from trainer.train.busy import BusyTime, Spans
 from trainer.train.metrics import Recorder, flops_per_token
 from trainer.train.ranks import Ranks
 from trainer.train.schedule import learning_rate
 from trainer.train.stop import Preempted
 
 log = logging.getLogger(__name__)
+
+TELL_EVERY = 5
+"""Steps between two exchanges of what each rank did."""
+SETTLE = {"cuda": 2, "cpu": 0}
+"""First steps of new budgets that are not counted: their shapes are compiled."""
 
 
 @dataclass
@@ -96,9 +104,11 @@ class Clock:
 class Pending:
     """A step whose loss and gradient norm are on their way from the device."""
 
-    def __init__(self, step: int, data: Step, lr: float, loss: torch.Tensor, norm: torch.Tensor, clock: Clock) -> None:
+    def __init__(self, step: int, data: Step, lr: float, loss: torch.Tensor, norm: torch.Tensor, clock: Clock, spans: Spans | None) -> None:
+        """`spans`: what this rank's computing took; None if the step does not count."""
         self.step, self.rows, self.tokens, self.loss_tokens, self.epoch = step, data.rows, data.tokens, data.loss_tokens, data.epoch
-        self.lr, self.clock = lr, clock
+        self.lr, self.clock, self.spans = lr, clock, spans
+        self.own_tokens = sum(batch.tokens for batch in data.batches)
         self.seconds = 0.0
         values = torch.stack([loss.detach().double().reshape(()), norm.detach().to(loss.device).double().reshape(())])
         self._event: torch.cuda.Event | None = None
@@ -121,14 +131,20 @@ class Training:
     """One run's training on this rank. Every method is collective."""
 
     def __init__(self, config: Config, engine: Engine, ranks: Ranks, checkpointer: Checkpointer, shards: TokenShards,
-                 held_out: Sequence[PackedBatch], budgets: Budgets, *, peak: float = 0.0, recorder: Recorder | None = None,
-                 report: Callable[[dict[str, Any]], None] | None = None, stop: threading.Event | None = None,
-                 stored: dict[str, Any] | None = None) -> None:
-        """`held_out`: this rank's batches of the held-out rows. `peak`: FLOP/s of all ranks together (0: no MFU). `recorder`: on rank 0.
-        `report`: called by all ranks with the metrics after each evaluation. `stored`: kept in every checkpoint's state.json."""
+                 held_out: Sequence[PackedBatch], budgets: Budgets, *, rebalance: Rebalance | None = None, peak: float = 0.0,
+                 recorder: Recorder | None = None, report: Callable[[dict[str, Any]], None] | None = None,
+                 stop: threading.Event | None = None, stored: dict[str, Any] | None = None) -> None:
+        """`held_out`: this rank's batches of the held-out rows. `rebalance`: deals anew when the ranks' speeds ask for it (None: never).
+        `peak`: FLOP/s of all ranks together (0: no MFU). `recorder`: on rank 0. `report`: called by all ranks with the metrics after
+        each evaluation. `stored`: kept in every checkpoint's state.json."""
         self.config, self.engine, self.ranks, self.checkpointer = config, engine, ranks, checkpointer
         self.shards, self.held_out, self.budgets = shards, held_out, budgets
         self.recorder, self._report = recorder, report
+        self._rebalance = rebalance
+        self._redeal = False
+        self._work = BusyTime(engine.timed_parts, engine.device)
+        self._settle = SETTLE[engine.device.type]
+        self._done: list[tuple[int, int, float]] = []  # of each step since the ranks last told: own tokens, microseconds, seconds
         self._stop = stop or threading.Event()
         self._stored = stored or {}
         self.planner = StepPlanner(shards.lengths, config.run.seed, config.run.train.epochs)
@@ -160,19 +176,28 @@ class Training:
         """Train to the end. Raises UserError (the loss diverged, the storage is full and the run shall stop), Preempted."""
         if self.state.finished:
             return self.state
-        reason = "all epochs are done"
         pin = self.engine.device.type == "cuda"
-        with Loader(self.shards, self.planner, self.budgets, self.ranks.rank, self.config.run.data.loss_on, pin=pin) as loader:
-            began = time.perf_counter()
-            for data in loader:
-                self._one(data, time.perf_counter() - began)
-                done = self._after(data)
-                if done:
-                    reason = done
-                    break
-                began = time.perf_counter()
+        reason = ""
+        while not reason:
+            with Loader(self.shards, self.planner, self.budgets, self.ranks.rank, self.config.run.data.loss_on, pin=pin) as loader:
+                reason = self._steps(loader)
+            if not reason:  # new budgets: the loader had planned ahead with the old ones
+                self.planner.load_state_dict(self._data_state)
         self._finish(reason)
         return self.state
+
+    def _steps(self, loader: Loader) -> str:
+        """Steps until training ends (returns why) or the tokens are dealt anew (returns nothing)."""
+        began = time.perf_counter()
+        for data in loader:
+            self._one(data, time.perf_counter() - began)
+            if reason := self._after(data):
+                return reason
+            if self._redeal:
+                self._redeal = False
+                return ""
+            began = time.perf_counter()
+        return "all epochs are done"
 
     def _one(self, data: Step, waited: float) -> None:
         """One optimizer step, and the values of the one before."""
@@ -189,7 +214,9 @@ class Training:
         clock.mark("checkpoint")
         norm = self.engine.step(rate)
         clock.mark("optimizer")
-        previous, self._pending = self._pending, Pending(self.step, data, rate, loss, norm, clock)
+        spans, counts = self._work.cut(), self._settle == 0
+        self._settle = max(0, self._settle - 1)
+        previous, self._pending = self._pending, Pending(self.step, data, rate, loss, norm, clock, spans if counts else None)
         self._data_state = data.state
         self.state.tokens += data.tokens
         self.state.rows += data.rows
@@ -231,8 +258,8 @@ class Training:
         """Whether this was the last step of the data."""
         return round(data.epoch * len(self.shards)) >= self.planner.total
 
-    def _emit(self, step: Pending, loss_sum: float, norm: float) -> None:
-        """Record a step whose values have arrived."""
+    def _emit(self, step: Pending, loss_sum: float, norm: float, tell: bool = False) -> None:
+        """Record a step whose values have arrived. `tell`: with what the workers did since they last told."""
         loss = loss_sum / max(1, step.loss_tokens)
         if not math.isfinite(loss):
             raise UserError(f"The loss of step {step.step} is not a number. Lower run.train.learning_rate (now "
@@ -245,6 +272,7 @@ class Training:
             "rows": step.rows, "tokens_per_second": round(speed, 3), "samples_per_second": round(step.rows * per_second, 3),
             "mfu": round(speed * self._flops_share, 5) if self._flops_share else None, "seconds": step.clock.seconds(), "time": time.time()}
         record.update(self._records.pop(step.step, {}))
+        record.update(self._workers(step, tell))
         self.state.metrics = {**self.state.metrics, "loss": loss, "epoch": record["epoch"]}
         if self.recorder is None:
             return
@@ -255,12 +283,42 @@ class Training:
                                       steps=self.state.total_steps, tokens_per_second=round(speed, 1),
                                       eta_seconds=round(left * per_step, 1), loss=loss)
 
+    def _workers(self, step: Pending, tell: bool) -> dict[str, Any]:
+        """What each worker did in the last steps, once there are enough of them (or `tell`): computing, and waiting for the slowest.
+        From the same numbers come new budgets. Collective when it is time."""
+        if step.spans is not None:
+            self._done.append((step.own_tokens, round(self._work.seconds(step.spans) * 1e6), step.seconds))
+        if not self._done or not (tell or len(self._done) >= TELL_EVERY):
+            return {}
+        done, self._done = self._done, []
+        told = self.ranks.gather([value for tokens, micros, _ in done for value in (tokens, micros)])
+        busy = [[micros / 1e6 for micros in of_rank[1::2]] for of_rank in told]
+        by_step = list(zip(*busy, strict=True))
+        slowest = sum(map(max, by_step))
+        workers = [{"micro_batches": len(budget), "micro_batch_tokens": budget[0], "tokens": sum(of_rank[0::2]),
+                    "compute": round(sum(own), 6), "wait": round(slowest - sum(own), 6)}
+                   for budget, of_rank, own in zip(self.budgets, told, busy, strict=True)]
+        for of_step in by_step:
+            new = self._rebalance.observe(of_step, self.state.total_steps - step.step) if self._rebalance is not None else None
+            if new is not None:
+                self._deal(step.step, new)
+                break  # the steps that are left were done with the old budgets
+        return {"workers": {"steps": len(done), "seconds": round(sum(seconds for *_, seconds in done), 6), "ranks": workers}}
+
+    def _deal(self, step: int, budgets: list[list[int]]) -> None:
+        """New budgets for the steps after the one that is under way."""
+        log.info("Step %d: the workers' speeds ask for other budgets. Tokens of their micro-batches: %s; before: %s", step,
+                 describe(budgets), describe(self.budgets))
+        self.budgets, self._redeal, self._settle = budgets, True, SETTLE[self.engine.device.type]
+        if self._pending is not None:
+            self._pending.spans = None
+
     def _flush(self) -> None:
         """Wait for the newest step's values and record them."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             loss, norm = pending.values()
-            self._emit(pending, self.ranks.sum([loss])[0], norm)
+            self._emit(pending, self.ranks.sum([loss])[0], norm, tell=True)
 
     def _evaluate(self) -> str:
         """Held-out loss; returns why training ends, or nothing."""
@@ -301,7 +359,8 @@ class Training:
         if metrics.pop("eval_step", None) != self.step:  # the held-out loss of an older step does not describe this checkpoint
             metrics.pop("eval_loss", None)
             metrics.pop("perplexity", None)
-        state = {"planner": self._data_state, "loop": vars(self.state).copy(), "metrics": metrics, **self._stored}
+        state = {"planner": self._data_state, "loop": vars(self.state).copy(), "metrics": metrics,
+                 "budgets": [list(of_rank) for of_rank in self.budgets], **self._stored}
         self.checkpointer.save(self.step, state, hold)
 
     def _outcomes(self) -> None:

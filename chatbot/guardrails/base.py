@@ -41,6 +41,8 @@ class Subject:
     who: Who = field(default_factory=Who)
     final: bool = True
     """Output: the answer is complete."""
+    given: int = 0
+    """Output, for checks that redact: characters of the text that have been shown. They redact what is behind them."""
 
     @cached_property
     def views(self) -> list[View]:

@@ -107,6 +107,12 @@ KINDS = (
 )
 GROWING = re.compile(r"(?:[\w.+-]+\s?(?:@|\(at\)|\[at\])[\w.()\[\]\s-]{0,40}|[\w.+-]+|[+(]?\d[\d\s().:/-]*|\b[A-Z]{2}\d{2}[A-Z0-9 ]*)$")
 """The end of a text that may still grow into personal data: it is held back until it has."""
+SAYS = re.compile(r"(?i)\b(?:name(?: is|:)|(?:is|am) called|patient:|m(?:r|rs|s|iss|x)\b|born|d\.?o\.?b\b|date of birth|"
+                  r"birth ?da(?:te|y)|ssn|social security|nhs|mrn|record|patient(?:'s)? (?:id|number)|(?:hospital|chart|policy) number|"
+                  r"insurance|passport|licen[cs]e|national id|phone|telephone|tel|mobile|cell|call me|whatsapp|fax)(?![a-z])[^\n]{0,40}$")
+"""Words that say what follows them, and what does: held back together until the line ends or 40 characters have come."""
+LOOKED_BACK = 300
+"""Characters of an answer before its next part that are looked at with it."""
 
 
 @dataclass(frozen=True)
@@ -136,14 +142,29 @@ def spans(text: str, kinds: set[str] | None = None) -> list[tuple[int, int, str]
     return sorted(found)
 
 
-def redact(text: str, kinds: set[str] | None = None) -> tuple[str, list[str]]:
-    """The text with personal data replaced by `[email]` and so on, and the kinds found."""
-    out, at, names = [], 0, []
-    for start, end, kind in spans(text, kinds):
-        out += [text[at:start], f"[{kind}]"]
-        at = end
-        names.append(kind)
-    return "".join(out) + text[at:], names
+def redact(text: str, kinds: set[str] | None = None, given: int = 0) -> tuple[str, list[str]]:
+    """The text with personal data replaced by `[email]` and so on, and the kinds found.
+
+    `given`: so many characters have been shown already; the text behind them is returned. They still say what follows them (`My name
+    is`). Looked through again until nothing is found: what stands right behind something else (`a@b.org+442079460958`) shows only when
+    that is gone.
+    """
+    names: list[str] = []
+    while found := spans(text, kinds):
+        out, at, shown = [], 0, given
+        for start, end, kind in found:
+            out.append(text[at:start])
+            if end <= given:
+                out.append(f"[{kind}]")
+                shown += len(out[-1]) - (end - start)
+            elif start < given:  # it began in the part that was shown: nothing more of it, and nothing in its place
+                out.append(text[start:given])
+            else:
+                out.append(f"[{kind}]")
+            at = end
+            names += [kind] if end > given else []
+        text, given = "".join(out) + text[at:], shown
+    return text[given:], names
 
 
 class PersonalDataCheck:
@@ -157,10 +178,10 @@ class PersonalDataCheck:
         self.kinds = set(settings.kinds)
 
     async def look(self, subject: Subject) -> Finding | None:
-        text, names = redact(subject.text, self.kinds)
+        cut = max(0, subject.given - LOOKED_BACK)
+        text, names = redact(subject.text[cut:], self.kinds, subject.given - cut)
         return Finding("redact", text, ", ".join(sorted(set(names)))) if names else None
 
     def holds_back(self, text: str) -> int:
         """How many characters at the end may still grow into personal data."""
-        match = GROWING.search(text[-80:])
-        return len(match[0]) if match else 0
+        return max(len(match[0]) if (match := pattern.search(text[-80:])) else 0 for pattern in (GROWING, SAYS))

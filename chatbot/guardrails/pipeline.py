@@ -116,8 +116,8 @@ class AnswerGuard:
             return ""
         shown = self._raw[self._given:end]
         for check in self._checks:
-            redacts = hasattr(check, "holds_back")
-            subject = Subject(shown if redacts else self._raw[:end], "output", "answer", final=final)
+            given = self._given if hasattr(check, "holds_back") else 0
+            subject = Subject(self._raw[:end], "output", "answer", final=final, given=given)
             finding = await self._pipeline._look(check, subject)
             if finding is None:
                 continue

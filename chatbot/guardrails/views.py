@@ -35,6 +35,8 @@ SPACED = re.compile(r"(?<!\w)(?:\w[\s.\-_*|/,·•'’]{1,3}){3,}\w(?!\w)")
 """Four or more single characters with the same little between them."""
 BASE64 = re.compile(r"(?<![\w+/=-])[A-Za-z0-9+/_-]{12,}={0,2}")
 HEX = re.compile(r"(?<!\w)(?:0x)?(?:[0-9a-fA-F]{2}[\s:]?){8,}(?!\w)")
+CONTROL_SPACES = re.compile(r"[\x0b\x0c\x1c-\x1f\x85]")
+"""Control characters that part words: a space stands in their place, where others are taken out."""
 LONGEST = 20_000
 """Characters that are looked at in decoded and reversed forms."""
 LONGEST_JOINED = 300
@@ -61,13 +63,18 @@ def invisible(character: str) -> bool:
 
 def clean(text: str) -> str:
     """The visible text, in NFC, with line ends as one newline."""
-    text = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n"))
-    return "".join(c for c in text if not invisible(c))
+    text = unicodedata.normalize("NFC", _parted(text))
+    # Once more: a mark may have been kept from its letter by what was invisible between them.
+    return unicodedata.normalize("NFC", "".join(c for c in text if not invisible(c)))
+
+
+def _parted(text: str) -> str:
+    return CONTROL_SPACES.sub(" ", text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
 def fold(text: str) -> str:
     """Lower case Latin letters for whatever looks like them, single spaces."""
-    text = "".join(c for c in unicodedata.normalize("NFKC", text) if not invisible(c)).casefold()
+    text = "".join(c for c in unicodedata.normalize("NFKC", _parted(text)) if not invisible(c)).casefold()
     if any("\u0370" <= c <= "\u058f" for c in text):
         # A word wholly in another script is that language's own word: only mixed words, and words of text that is mostly Latin,
         # are disguises.

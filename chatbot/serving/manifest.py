@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from chatbot.errors import UserError
@@ -31,15 +31,29 @@ def directory_digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(served_files(manifest), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+def _files(manifest: Any) -> dict[str, dict[str, Any]]:
+    """`served_files`, each a name below the directory with its size and sha256. Raises ValueError."""
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise ValueError("it names no files")
+    for name, entry in manifest["files"].items():
+        place = PurePosixPath(name)
+        if not place.parts or place.is_absolute() or ".." in place.parts or "\0" in name:
+            raise ValueError(f"{name!r} is no file below the directory")
+        if not (isinstance(entry, dict) and type(entry.get("size")) is int and isinstance(entry.get("sha256"), str)):
+            raise ValueError(f"size and sha256 of {name!r} are missing")
+    return served_files(manifest)
+
+
 def read(directory: Path) -> dict[str, Any] | None:
     """The manifest if it is present and every file has its size, else None. Cheap: no file is read."""
     try:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-        for name, entry in served_files(manifest).items():
-            if (directory / name).stat().st_size != entry["size"]:
+        for name, entry in _files(manifest).items():
+            path = directory / name
+            if not path.is_file() or path.stat().st_size != entry["size"]:
                 return None
         return manifest
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 

@@ -12,6 +12,7 @@ from chatbot.errors import ConfigError
 from chatbot.guardrails import tables
 from chatbot.guardrails.base import Who
 from chatbot.guardrails.patterns import rule_files
+from chatbot.guardrails.personal import redact
 from chatbot.guardrails.pipeline import Pipeline
 from chatbot.guardrails.registry import BUILT_IN, ORDER
 from chatbot.guardrails.views import clean, fold
@@ -65,6 +66,28 @@ async def test_answers_are_redacted_however_they_are_cut(size: int) -> None:
     out, verdicts = await guarded(text, size)
     assert out == "Write to [email], or call [phone] today. Doses of 12.5 mg (n=34) were given."
     assert {v.check for v in verdicts} == {"personal-data"}
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 1000])
+async def test_what_was_shown_still_says_what_follows(size: int) -> None:
+    """Found by tests/fuzz/chatbot/test_fuzz_guardrails.py: the words before a name or a number had been given out already."""
+    text = "My name is Jane Q. Doe and I was born on 3 March 1980. SSN 123 45 6789, MRN 12345678; phone 555 123 4567. Mr. van Berg smiled."
+    out, _ = await guarded(text, size)
+    for private in ("Jane", "Doe", "1980", "6789", "12345678", "4567"):
+        assert private not in out
+    assert out.startswith("My name is [name]") and "I was born on [birth]" in out and "MRN [record]" in out
+
+
+def test_redaction_uncovers_nothing() -> None:
+    """What stands right behind something else showed only when that was gone."""
+    assert redact("a@b.org+442079460958") == ("[email][phone]", ["email", "phone"])
+    assert redact("a@b.org+442079460958 x", given=7) == ("[phone] x", ["phone"])
+    assert redact("My name is Jane Doe.", given=16) == (".", ["name"])
+
+
+def test_control_characters_part_words() -> None:
+    for control in "\r\x0b\x0c\x1c\x1d\x1e\x1f\x85":
+        assert fold(f"ignore{control}all") == "ignore all" and clean(f"ignore{control}all").split() == ["ignore", "all"]
 
 
 async def test_a_clean_answer_passes_unchanged() -> None:

@@ -163,3 +163,17 @@ def test_wrong_configurations_name_the_field(document: dict, field: str) -> None
     with pytest.raises(ConfigError) as caught:
         configs.parse(document)
     assert caught.value.field == field and caught.value.remedy
+
+
+@pytest.mark.parametrize("files", [
+    None, [], {"../models/base/config.json": {"size": 1, "sha256": ""}}, {"/etc/hostname": {"size": 1, "sha256": ""}},
+    {"a.txt": {"size": 4}}, {"a.txt": {"size": 4.0, "sha256": ""}}, {"a.txt": 4}, {"a\x00": {"size": 4, "sha256": ""}},
+    {".": {"size": 4096, "sha256": ""}},
+])
+def test_a_manifest_that_lies_is_not_whole(tmp_path: Path, files: object) -> None:
+    """Found by tests/fuzz/chatbot/test_fuzz_api.py, or of that kind."""
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "manifest.json").write_text(json.dumps({"files": files}))
+    assert manifest.read(tmp_path) is None
+    (tmp_path / "manifest.json").write_text("[" * 9000)
+    assert manifest.read(tmp_path) is None

@@ -31,8 +31,8 @@ sys.path.insert(0, str(REPOSITORY))
 
 CONTEXT = 512
 VOCABULARY = 32000
-ROWS = {"qa": (90.0, 160.0), "qca": (430.0, 620.0)}
-"""Mean and 95th percentile of the row lengths; answers have 55 and 95."""
+ROWS = {"qa": (90.0, 160.0), "qca": (430.0, 620.0), "even": (128.0, 128.0)}
+"""Mean and 95th percentile of the row lengths (`even`: all of one length); answers have 55 and 95."""
 MODELS: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2},
     "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8},

@@ -105,9 +105,8 @@ SITES: dict[str, Values] = {
         "finetune-job": {"submission": {"mode": "HTTPMode"}},
     }),
     "mixed GPUs": join(JOB, CHATBOT, GPU, {
-        "global": {"podSecurity": {"level": "privileged"}, "monitoring": {"podMonitors": True}, "imagePullSecrets": ["registry"],
-                   "nodes": 5,
-                   "networkPolicy": {"monitoringNamespace": "monitoring"}},
+        "global": {"podSecurity": {"level": "privileged"}, "monitoring": {"podMonitors": True, "dashboards": True},
+                   "imagePullSecrets": ["registry"], "nodes": 5, "networkPolicy": {"monitoringNamespace": "monitoring"}},
         "nfs-provisioner": {"mode": "inCluster", "inCluster": {"nodeName": "disk-1", "hostPath": "/data", "clusterIP": "10.96.0.50",
                                                                "clients": ["10.0.0.0/24", "10.1.0.1"]}},
         "nvidia-device-plugin": {"enabled": True, "namespace": "gpu", "createRuntimeClass": True, "migStrategy": "single"},

@@ -41,6 +41,7 @@ CHANGED: dict[str, Any] = {
     "global.networkPolicy.enabled": False,
     "global.networkPolicy.monitoringNamespace": "observability",
     "global.monitoring.labels": {"release": "prometheus"},
+    "global.monitoring.dashboardLabels.grafana_dashboard": "yes",
     "*.nodeSelector": {"disk": "fast"},
     "*.tolerations": [{"key": "x", "operator": "Exists"}],
     "*.resources": {"requests": {"cpu": "77m", "memory": "77Mi"}, "limits": {"memory": "1Gi"}},

@@ -33,7 +33,7 @@ def main() -> None:
 
     def run(float8: str, seed: int) -> dict[str, Any]:
         case = argparse.Namespace(**{k: v for k, v in vars(options).items() if k not in ("seeds", "kinds")})
-        case.float8, case.set = float8, [*settings, f"train.seed={seed}"]
+        case.float8, case.set = float8, [*settings, f"seed={seed}"]
         result = measure(case)
         if len(result.get("losses", ())) < options.steps:
             record(result, "")

@@ -11,7 +11,7 @@ from torch.optim.adamw import adamw
 from trainer.config import TrainConfig
 
 BUCKET = 1 << 28
-"""Elements updated by one call: bounds the float32 copies of bfloat16 gradients (1 GiB)."""
+"""Elements updated by one call of PyTorch's AdamW (on the CPU): bounds the float32 copies of bfloat16 gradients (1 GiB)."""
 
 
 def decays(name: str, shape: Sequence[int]) -> bool:
@@ -33,7 +33,8 @@ class AdamW:
         self.train = train
         self.exp_avg = [torch.zeros_like(m) for m in masters]
         self.exp_avg_sq = [torch.zeros_like(m) for m in masters]
-        self._steps = [torch.zeros((), dtype=torch.float32, device=m.device) for m in masters]
+        self._kernel = bool(masters) and masters[0].is_cuda
+        self._steps = [torch.zeros((), dtype=torch.float32, device=m.device) for m in (masters[:1] if self._kernel else masters)]
         self._buckets: list[tuple[bool, list[int]]] = []
         for decay in (True, False):
             size = BUCKET
@@ -61,6 +62,9 @@ class AdamW:
         limit = self.train.max_grad_norm
         bad = (~torch.isfinite(norm)).float()
         scale = (norm / limit).clamp(min=1.0) if limit > 0 else torch.ones_like(norm)
+        if self._kernel:
+            self._step_kernel(masters, gradients, learning_rate, scale, bad, copies)
+            return
         for decay, members in self._buckets:
             chosen = [masters[i] for i in members]
             adamw(chosen, [gradients[i].to(torch.float32) for i in members], [self.exp_avg[i] for i in members],
@@ -69,6 +73,22 @@ class AdamW:
                   weight_decay=self.train.weight_decay if decay else 0.0, eps=self.train.epsilon, maximize=False)
             if copies is not None:
                 torch._foreach_copy_([copies[i] for i in members], chosen)
+
+    def _step_kernel(self, masters: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor], learning_rate: float, scale: torch.Tensor,
+                     bad: torch.Tensor, copies: Sequence[torch.Tensor] | None) -> None:
+        """The update on the GPU: one pass over the memory. No value comes to the host."""
+        from trainer.engines import adamw_kernel
+
+        (step,) = self._steps
+        step += 1.0 - bad
+        exact = step.double()  # 1 - 0.999 has three digits too few in float32
+        scalars = torch.stack([1.0 / scale.double(), learning_rate / (1.0 - torch.pow(self.train.beta1, exact)),
+                               torch.rsqrt(1.0 - torch.pow(self.train.beta2, exact)), bad.double()]).float()
+        for decay, members in self._buckets:
+            kept = 1.0 - learning_rate * self.train.weight_decay if decay else 1.0
+            for i in members:
+                adamw_kernel.update(masters[i], self.exp_avg[i], self.exp_avg_sq[i], gradients[i], copies[i] if copies else None, scalars,
+                                    self.train.beta1, self.train.beta2, self.train.epsilon, kept)
 
 
 def global_norm(gradients: Sequence[torch.Tensor], device: torch.device, group: dist.ProcessGroup | None, sharded: bool) -> torch.Tensor:

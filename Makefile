@@ -1,7 +1,7 @@
 # Every target works from a fresh clone; the first call puts uv and a Python environment into the cache.
 SHELL := /bin/bash -euo pipefail
 .DEFAULT_GOAL := help
-.PHONY: help up down status results ask images charts try test test-fast test-host e2e e2e-promotion chaos lint clean promote rollback diff site-check
+.PHONY: help up down status results ask images charts try test test-fast test-host e2e e2e-promotion chaos lint clean promote rollback diff site-check bundle bundle-load
 
 CACHE ?= $(or $(LLM_FINETUNE_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/llm-finetune)
 export LLM_FINETUNE_CACHE := $(CACHE)
@@ -56,6 +56,12 @@ diff: $(TOOLS_VENV) ## ENV=local: what a push would change in the cluster
 
 site-check: $(TOOLS_VENV) ## ENV=dev: look at a cluster before training on it; writes site-check.html and .json (OUT=folder)
 	@$(TOOLS) -m tools site-check $(ENV)
+
+bundle: $(TOOLS_VENV) ## ENV=dev: one archive with chart, images and their packages' lists, for a site without internet
+	@$(TOOLS) -m tools bundle $(ENV)
+
+bundle-load: $(TOOLS_VENV) ## BUNDLE=file REGISTRY=host/path: bring such an archive into a site's registry
+	@$(TOOLS) -m tools bundle-load $(BUNDLE)
 
 lint: $(TOOLS_VENV) ## ruff, mypy, environments, secrets, chart
 	@$(TOOLS) -m tools.checks lint

@@ -12,7 +12,7 @@ from tools.cluster.settings import Settings
 from tools.errors import OperatorError
 from tools.layout import Layout
 
-PARTS = ("argocd", "environments", "local_run", "results", "promote", "rollback", "diff", "remove", "site.check")
+PARTS = ("argocd", "environments", "local_run", "results", "promote", "rollback", "diff", "remove", "site.check", "bundle")
 """Modules of this package that add a command with `add_parser(commands)`."""
 
 

@@ -298,7 +298,7 @@ def _build(kind: Any, value: Any, where: str) -> Any:
     if kind is Any:
         return value
     if kind is float:
-        check(isinstance(value, int | float) and not isinstance(value, bool) and value == value, where, value, "Give a number.")
+        check(isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300, where, value, "Give a number.")
         return float(value)
     if kind is int and isinstance(value, float) and value.is_integer():
         value = int(value)
@@ -322,7 +322,10 @@ def load(source: str) -> Config:
     check(os.path.isfile(source), "--config", source, "No such file.")
     try:
         document = yaml.safe_load(Path(source).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError("--config", source, f"It is not valid YAML: {error}") from None
+    except OSError as error:
+        raise ConfigError("--config", source, f"It cannot be read: {error.strerror}.") from None
+    except Exception as error:  # beside YAMLError, what Python's conversions raise for `2001-99-99`, `!!bool x`, too deep nesting
+        line = " ".join(str(error).split())[:300]
+        raise ConfigError("--config", source, f"It is not valid YAML: {type(error).__name__}: {line}.") from None
     check(isinstance(document, dict), "--config", source, "The file must be a mapping with at least serve.")
     return parse(document)

@@ -24,6 +24,11 @@ class RunPaths:
         return self.root / "run.yaml"
 
     @property
+    def inputs(self) -> Path:
+        """Digests of the base model's files when the run began (trainer/inputs.py)."""
+        return self.root / "inputs.json"
+
+    @property
     def dataset(self) -> Path:
         """Shards, held-out rows and their manifest.json."""
         return self.root / "dataset"

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from trainer import inputs
 from trainer.config import Config, parse, to_dict
 from trainer.errors import UserError
 from trainer.files import read_manifest, require_manifest, write_atomic
@@ -82,7 +83,9 @@ def prepare(config: Config) -> dict[str, Any]:
     """The dataset stage; returns its manifest."""
     from trainer.data.prepare import prepare as make
 
-    progress = Progress(RunPaths.of(config).progress)
+    paths = RunPaths.of(config)
+    inputs.check(config, paths)
+    progress = Progress(paths.progress)
     progress.update("prepare", 0.0, "reading the dataset")
     began = time.monotonic()
     manifest = make(config, progress=lambda share, message: progress.update("prepare", 100.0 * share, message))
@@ -109,11 +112,13 @@ def work(config: Config, stages: Sequence[str], device: torch.device, *, local_r
     summary: dict[str, Any] = {}
     try:
         if "train" in stages and not _agreed(ranks, lambda: "export" in stages and _exported(paths)):
+            _check_inputs(config, paths, ranks)
             summary = train(config, paths, ranks, device, gauges=gauges, report=report)
             release()  # the stages that follow need the memory
         if "export" in stages:
             _on_first(ranks, progress, "export", lambda p: _export(config, paths, p))
         if "evaluate" in stages:
+            _check_inputs(config, paths, ranks)
             _evaluate(config, paths, ranks, device, progress)
     finally:
         if sampler is not None:
@@ -122,6 +127,13 @@ def work(config: Config, stages: Sequence[str], device: torch.device, *, local_r
     if "report" in stages:
         _on_first(ranks, progress, "report", lambda p: _report(config, paths))
     return summary
+
+
+def _check_inputs(config: Config, paths: RunPaths, ranks: Ranks) -> None:
+    """Rank 0 looks whether the base model is still the one of the run's beginning, before the others read it."""
+    if ranks.rank == 0:
+        inputs.check(config, paths)
+    ranks.barrier()
 
 
 def _agreed(ranks: Ranks, ask: Callable[[], bool]) -> bool:

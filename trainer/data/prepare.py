@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import multiprocessing
 import os
@@ -41,6 +42,8 @@ from trainer.paths import RunPaths
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+log = logging.getLogger(__name__)
+
 SHARD_TOKENS = 8 << 20
 BUCKET_ROWS = 1 << 20
 """Rows whose hashes are compared at a time."""
@@ -60,17 +63,19 @@ Progress = Callable[[float, str], None]
 def prepare(config: Config, tokenizer: PreTrainedTokenizerBase | None = None, progress: Progress | None = None) -> dict[str, Any]:
     """Make `<run>/dataset` if it is not there and whole; returns its manifest.
 
-    Raises UserError if the source cannot be read, has no usable row, or too many rows are rejected.
+    Raises UserError if the source cannot be read, has changed since, has no usable row, or too many rows are rejected.
     """
     paths = RunPaths.of(config)
     if (manifest := read_manifest(paths.dataset)) is not None:
+        _check_unchanged(config, paths, manifest)
         return manifest
     started = time.monotonic()
     report = progress or (lambda share, message: None)
     data = config.run.data
     tokenizer = with_format(tokenizer, data.format) if tokenizer is not None else load_tokenizer(config)
     source = open_source(data, config.storage_path)
-    inputs = _digest(source)
+    files, before = _inputs(config, source), _times(source)
+    inputs = _digest(source, files)
     digest = tokenizer_sha256(tokenizer)
     settings = _settings(config, tokenizer, source)
     key = hashlib.sha256(json.dumps([VERSION, inputs, digest, asdict(settings)], default=sorted).encode()).hexdigest()[:16]
@@ -87,13 +92,15 @@ def prepare(config: Config, tokenizer: PreTrainedTokenizerBase | None = None, pr
     _check_rejected(infos, data.max_rejected, source, rejects)
     chosen = _Choice(work, infos, settings)
     chosen.choose(data.max_rows)
+    if _times(source) != before:
+        raise UserError(f"run.data: {source.name} was changed while it was read. Run `prepare` again when it is complete.")
     report(0.9, "writing shards")
     manifest = write_directory(paths.dataset, lambda directory: {
         **_write(directory, chosen, infos),
         "format": data.format, "max_tokens": data.max_tokens, "loss_on": data.loss_on, "end": settings.template.end,
         "tokenizer_sha256": digest, "special_tokens": list(_saved(tokenizer, directory)),
         "source": {"name": source.name, "revision": data.revision, "subsets": list(data.subsets), "bytes": source.size},
-        "inputs_sha256": inputs, "seconds": round(time.monotonic() - started, 3),
+        "inputs": files, "inputs_sha256": inputs, "seconds": round(time.monotonic() - started, 3),
     })
     rejects.unlink(missing_ok=True)
     shutil.rmtree(work)
@@ -112,10 +119,36 @@ def _settings(config: Config, tokenizer: PreTrainedTokenizerBase, source: Source
                     near_duplicates=data.near_duplicates, excluded=excluded, official=official)
 
 
-def _digest(source: Source) -> str:
+def _inputs(config: Config, source: Source) -> dict[str, str]:
+    """sha256 of each input file, by its path on the storage (elsewhere: its name)."""
+    paths = [*source.files, *source.arrow, *([config.storage_path / config.run.data.exclude_ids] if config.run.data.exclude_ids else [])]
+    root = config.storage_path
+    return {path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name: sha256(path) for path in paths if path.is_file()}
+
+
+def _digest(source: Source, files: dict[str, str]) -> str:
     """Digest of the input files' names and contents."""
-    files = [[path.name, sha256(path)] for path in (*source.files, *source.arrow)]
-    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([source.name, sorted(files.items())]).encode()).hexdigest()
+
+
+def _times(source: Source) -> list[tuple[int, int]]:
+    """Size and time of change of each file."""
+    return [(s.st_size, s.st_mtime_ns) for s in (path.stat() for path in (*source.files, *source.arrow))]
+
+
+def _check_unchanged(config: Config, paths: RunPaths, manifest: dict[str, Any]) -> None:
+    """UserError if the dataset on the storage is not the one that was prepared. A hub dataset is pinned by its commit."""
+    known = manifest.get("inputs")
+    if not config.run.data.path or not isinstance(known, dict):
+        return
+    try:
+        now = _inputs(config, open_source(config.run.data, config.storage_path))
+    except UserError as error:
+        log.warning("The dataset that this run was prepared from is gone; the run goes on with what it prepared. %s", error)
+        return
+    if differ := sorted(name for name in {*known, *now} if known.get(name) != now.get(name)):
+        raise UserError(f"run.data: the dataset has changed since this run prepared it: {', '.join(differ)}. Put the files back, or give "
+                        f"the run another name (run.name) to use the new ones. What the run had is in {paths.dataset / 'manifest.json'}.")
 
 
 def _saved(tokenizer: PreTrainedTokenizerBase, directory: Path) -> list[str]:

@@ -92,7 +92,7 @@ def gpus(result: dict[str, Any]) -> Iterator[Finding]:
     for node in result["nodes"]:
         if node["group"] and asked[node["group"]]["gpus"] and node["gpus_used"]:
             yield Finding("warn", "gpus", f"{node['gpus_used']} GPUs of {node['name']} are held by other pods and were not checked.",
-                          "Run the check before the Ray cluster starts, or scale its groups to 0 meanwhile.")
+                          "Run the check before the Ray cluster starts (docs/site-preparation.md, section 7).")
     for pod in _running(result):
         if not pod["gpus"]:
             continue

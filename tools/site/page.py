@@ -71,7 +71,7 @@ def text(result: dict[str, Any], findings: list[Finding]) -> str:
 
 def picture(names: list[str], values: list[list[float | None]], unit: str, title: str) -> str:
     """A matrix of squares as inline SVG: the fuller the colour, the larger the value; senders are rows, receivers columns."""
-    cell, left, top = 66, 170, 40
+    cell, left, top = 66, 215, 40
     most = max((v for row in values for v in row if v is not None), default=1.0) or 1.0
     width, height = left + cell * len(names) + 10, top + cell * len(names) + 26
     short = [n if len(n) <= 22 else f"{n[:10]}…{n[-11:]}" for n in names]
@@ -112,6 +112,7 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { padding: 6px 12px; text-align: right; border-top: 1px solid var(--grid); white-space: nowrap; }
 th { border-top: 0; color: var(--soft); font-weight: 500; font-size: 13px; } th:first-child, td:first-child { text-align: left; }
 table.findings td { text-align: left; white-space: normal; vertical-align: top; overflow-wrap: anywhere; }
+table.findings td:first-child { white-space: nowrap; overflow-wrap: normal; } table.findings tr:first-child td { border-top: 0; }
 .stop b { color: var(--bad); } .warn b { color: var(--warn); } .ok b { color: var(--good); }
 td small { display: block; color: var(--soft); }
 svg { display: block; width: 100%; height: auto; } svg text { font-size: 13px; fill: var(--text); } svg .name { fill: var(--soft); }

@@ -1,4 +1,4 @@
-"""`make lint`, `make test-fast`, `make test` and `make e2e`: what is run in which order, fast things first, and a summary at the end.
+"""`make lint`, `test-fast`, `test`, `e2e`, `fuzz` and so on: what is run in which order, fast things first, and a summary at the end.
 
 A suite that fails does not hide the next ones; the exit code is that of the worst. The closing line sums up pytest's counts.
 """
@@ -28,8 +28,8 @@ class Check:
     """First word `tools`, `trainer` or `chatbot`: that environment's Python."""
 
 
-def _pytest(environment: str, *paths: str, mark: str = FAST_MARK) -> list[str]:
-    return [environment, "-m", "pytest", "-q", "--timeout", "900", "-p", "no:cacheprovider", "-m", mark, "-rs", *paths]
+def _pytest(environment: str, *paths: str, mark: str = FAST_MARK, timeout_s: int = 900) -> list[str]:
+    return [environment, "-m", "pytest", "-q", "--timeout", str(timeout_s), "-p", "no:cacheprovider", "-m", mark, "-rs", *paths]
 
 
 LINT = [
@@ -45,13 +45,19 @@ UNIT = [
     Check("trainer", _pytest("trainer", "tests/trainer")),
     Check("chatbot", _pytest("chatbot", "tests/chatbot")),
 ]
+# Some hundred cases each here, the same every time; `make fuzz` sets FUZZ_CASES and shows how many there were.
+FUZZ = [(f"fuzz {environment}", environment, f"tests/fuzz/{part}")
+        for environment, part in (("tools", "charts"), ("trainer", "trainer"), ("chatbot", "chatbot"))]
+UNIT += [Check(name, _pytest(environment, path)) for name, environment, path in FUZZ]
+FUZZED = [UNIT[0], *(Check(name, [*_pytest(environment, path, timeout_s=14400), "--hypothesis-show-statistics"])
+                     for name, environment, path in FUZZ)]
 CLUSTER = [Check("local cluster up", ["tools", "-m", "tools", "up"]), Check("end to end", _pytest("tools", "tests/e2e"))]
 # From no cluster to none: `make up` interrupted and repeated, and what `make down` leaves.
 HOST = [Check("up, interrupted", _pytest("tools", "tests/host/test_up.py")), Check("down", _pytest("tools", "tests/host/test_down.py"))]
 PROMOTION = [CLUSTER[0], Check("promotion", _pytest("tools", "tests/e2e/test_promotion.py", mark="slow"))]
 CHAOS = [CLUSTER[0], Check("faults", _pytest("tools", "tests/e2e/test_faults.py", mark="slow"))]
 SUITES = {"lint": LINT, "fast": [*LINT, *UNIT], "all": [*LINT, *UNIT, *CLUSTER], "host": HOST, "e2e": CLUSTER, "promotion": PROMOTION,
-          "chaos": CHAOS}
+          "chaos": CHAOS, "fuzz": FUZZED}
 NOT_RUN = {
     "lint": "tests (make test)",
     "fast": "end-to-end tests on the local cluster (make test)",
@@ -60,6 +66,7 @@ NOT_RUN = {
     "e2e": "promotion between two environments (make e2e-promotion), lint and unit tests (make test-fast)",
     "promotion": "everything else (make test)",
     "chaos": "everything else (make test)",
+    "fuzz": "everything else (make test)",
 }
 
 

@@ -1,10 +1,4 @@
-"""Decisions agree with lm-evaluation-harness's own task `pubmedqa`, score by score.
-
-Needs lm-eval beside the trainer's packages, in an environment of its own (it pins other versions of some):
-
-    uv venv lm-eval && uv pip install --python lm-eval/bin/python lm-eval==0.4.13 -r tests/trainer/lm-eval.txt
-    PYTHONPATH=. lm-eval/bin/python -m pytest tests/trainer/test_decisions_lm_eval.py
-"""
+"""Decisions agree with lm-evaluation-harness's own task `pubmedqa`, score by score."""
 
 from __future__ import annotations
 
@@ -23,8 +17,6 @@ from tests.trainer.made_run import ARCHITECTURE, rows, tokenizer
 from trainer.evaluate.answers import evaluate_model
 from trainer.evaluate.decisions import chosen
 from trainer.evaluate.rows import CHOICES, Row
-
-pytestmark = pytest.mark.slow
 
 
 def task_config(documents: Path) -> dict[str, Any]:
@@ -46,7 +38,6 @@ def task_config(documents: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("longest", [512, 60])
 def test_every_score_agrees(tmp_path: Path, longest: int) -> None:
-    pytest.importorskip("lm_eval")
     from lm_eval import simple_evaluate
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.models.huggingface import HFLM

@@ -54,10 +54,11 @@ def nodes(result: dict[str, Any]) -> Iterator[Finding]:
             yield Finding("stop", "nodes", f"No node takes the group {group['name']} ({chosen}).",
                           "Label the nodes as ray-cluster.workerGroups says, tolerate their taints, and see that the device plugin runs.")
         elif fits < group["replicas"]:
-            yield Finding("stop", "nodes", f"The group {group['name']} asks for {wants}; its {len(mine)} nodes have room for {fits}.",
+            yield Finding("stop", "nodes", f"The group {group['name']} asks for {wants}; its nodes ({len(mine)}) have room for {fits}.",
                           "Lower replicas, gpus, cpus or memory of the group, or add nodes.")
         else:
-            yield Finding("ok", "nodes", f"Group {group['name']}: {len(mine)} nodes, room for {fits} workers, {group['replicas']} wanted.")
+            yield Finding("ok", "nodes", f"Group {group['name']}: room for {fits} workers on nodes {', '.join(n['name'] for n in mine if n['ready'])}; "
+                          f"{group['replicas']} wanted.")
     for pod in result["pods"]:
         if not pod["running"]:
             yield Finding("stop", "nodes", f"No pod of the trainer image runs on {pod['node']}: {pod['why'] or 'not started in time'}",

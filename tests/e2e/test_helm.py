@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,14 @@ def test_helm_installs_what_argo_cd_would(helm, chart, values, api, kube_cluster
     service: Any = client.CoreV1Api(api).read_namespaced_service("llm-finetune-chatbot", NAMESPACE)
     answer = httpx.get(f"http://{service.spec.cluster_ip}:{service.spec.ports[0].port}/v1/models", timeout=10).json()
     assert (layout.storage / "runs" / answer["data"][0]["attribution"]["run"] / "report.json").is_file()
+
+
+@pytest.mark.timeout(200)
+def test_helm_test_asks_the_chatbot(kube_config):
+    done = subprocess.run([charts.helm(), "test", RELEASE, "--namespace", NAMESPACE, "--kubeconfig", kube_config, "--timeout", "150s"],
+                          capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Succeeded" in done.stdout
 
 
 def test_a_wrong_value_is_refused_and_changes_nothing(helm, chart, values):

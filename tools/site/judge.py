@@ -57,8 +57,8 @@ def nodes(result: dict[str, Any]) -> Iterator[Finding]:
             yield Finding("stop", "nodes", f"The group {group['name']} asks for {wants}; its nodes ({len(mine)}) have room for {fits}.",
                           "Lower replicas, gpus, cpus or memory of the group, or add nodes.")
         else:
-            yield Finding("ok", "nodes", f"Group {group['name']}: room for {fits} workers on nodes {', '.join(n['name'] for n in mine if n['ready'])}; "
-                          f"{group['replicas']} wanted.")
+            names = ", ".join(n["name"] for n in mine if n["ready"])
+            yield Finding("ok", "nodes", f"Group {group['name']}: {group['replicas']} workers wanted, room for {fits} on {names}.")
     for pod in result["pods"]:
         if not pod["running"]:
             yield Finding("stop", "nodes", f"No pod of the trainer image runs on {pod['node']}: {pod['why'] or 'not started in time'}",

@@ -159,6 +159,7 @@ def rank(options: argparse.Namespace) -> None:
     per_second = result["tokens"] / result["seconds"]
     # 6 floating-point operations a parameter and token; attention within rows of at most 512 tokens adds under 1 %.
     Path(options.scratch, "result.json").write_text(json.dumps({
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "tokens_per_second": round(per_second * options.gpus, 1), "tokens_per_second_per_worker": round(per_second, 1),
         "rows_per_second": round(result["rows"] * options.gpus / result["seconds"], 2), "step_seconds": round(result["seconds"], 5),
         "mfu": round(6 * result["parameters"] * per_second / PEAK_FLOPS, 4), "loss": round(result["loss"], 4),

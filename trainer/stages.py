@@ -219,7 +219,7 @@ def _export(config: Config, paths: RunPaths, progress: Progress) -> None:
         raise UserError(f"Checkpoint {saved.path.name} is broken ({wrong}). Run `python -m trainer train`: it goes on from the one before.")
     if not reader.state["loop"]["finished"] and store.newest(paths.checkpoints) == saved:
         raise UserError(f"Training has not ended (step {saved.step}). Run `python -m trainer train` first.")
-    export(config, paths, reader, AutoTokenizer.from_pretrained(paths.dataset / "tokenizer"),
+    export(config, paths, reader, AutoTokenizer.from_pretrained(paths.dataset / "tokenizer", trust_remote_code=False),
            lambda share: progress.update("export", 100.0 * share))
 
 

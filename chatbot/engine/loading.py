@@ -62,7 +62,7 @@ def load_tokenizer(directory: Path, gguf_file: str = "") -> Any:
     """The tokenizer of a model directory. Raises UserError."""
     extra = {"gguf_file": gguf_file} if gguf_file else {}
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True, **extra)
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False, **extra)
     except Exception as error:
         raise UserError(f"{directory} has no tokenizer that can be read ({error}). Export the run again.") from error
 
@@ -73,7 +73,8 @@ def load_model(directory: Path, device: torch.device, precision: str, gguf_file:
     With `precision` auto a GPU computes in bfloat16 and a CPU in float32; float32 files on a CPU (bfloat16 files on a CPU with
     `bfloat16`) are used in place from the page cache, which several processes share.
     """
-    extra: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
+    # Never a pickle (*.bin): loading one can run code.
+    extra: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True}
     if precision in ("int8", "int4"):
         if device.type != "cuda":
             raise UserError(f"engine.precision: {precision} needs a GPU; there is none. Set engine.precision: auto.")
@@ -88,8 +89,8 @@ def load_model(directory: Path, device: torch.device, precision: str, gguf_file:
     if device.type == "cuda":
         extra["device_map"] = {"": device}
     try:
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True, attn_implementation=IMPLEMENTATION,
-                                                     **extra)
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True, trust_remote_code=False,
+                                                     attn_implementation=IMPLEMENTATION, **extra)
     except Exception as error:
         raise UserError(f"The model in {directory} cannot be loaded: {error}") from error
     if getattr(model.config, "sliding_window", None):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,52 @@ def test_code_of_a_repository_is_not_run(tmp_path: Path) -> None:
     change(directory, model_type="own", auto_map={"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"})
     with pytest.raises(UserError, match="no usable model configuration"):
         load_model(config_for(tmp_path))
+
+
+@pytest.mark.parametrize("content", [
+    (1 << 60).to_bytes(8, "little") + b"{}", (200_000_000).to_bytes(8, "little") + bytes(64), b"", b"\x00" * 7,
+    (9000).to_bytes(8, "little") + b"[" * 9000,
+    (74).to_bytes(8, "little") + b'{"model.norm.weight":{"dtype":"F32","shape":[9],"data_offsets":[0,99999]}}'])
+def test_headers_of_weights_are_bounded(tmp_path: Path, content: bytes) -> None:
+    saved(tmp_path)
+    (tmp_path / "models" / "base" / "model.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=r"is not a readable safetensors file .* Copy the model again"):
+        load_model(config_for(tmp_path))
+
+
+@pytest.mark.parametrize("index", ["[]", "{", '{"weight_map": 1}', "[" * 9000])
+def test_an_index_that_is_none(tmp_path: Path, index: str) -> None:
+    saved(tmp_path)
+    (tmp_path / "models" / "base" / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(UserError, match=r"index.json is not readable"):
+        load_model(config_for(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["../../secret.safetensors", "/etc/hostname"])
+def test_an_index_names_files_of_the_model_alone(tmp_path: Path, name: str) -> None:
+    saved(tmp_path)
+    (tmp_path / "secret.safetensors").write_bytes((tmp_path / "models" / "base" / "model.safetensors").read_bytes())
+    (tmp_path / "models" / "base" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+    with pytest.raises(UserError, match="lacks"):
+        load_model(config_for(tmp_path))
+
+
+def test_nothing_loads_pickles_or_code() -> None:
+    """Every place that loads says so itself: no default of a library decides it."""
+    import trainer
+
+    root = Path(trainer.__file__).parents[1]
+    calls = []
+    for path in (*root.glob("trainer/**/*.py"), *root.glob("chatbot/**/*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+            given = {keyword.arg: keyword.value for keyword in call.keywords}
+            where, name = f"{path.name}:{call.lineno}", call.func.attr
+            assert (name, getattr(call.func.value, "id", "")) not in (("load", "torch"), ("load", "pickle"), ("loads", "pickle")), where
+            if name == "from_pretrained" and getattr(call.func.value, "id", "").startswith("Auto"):
+                calls.append(where)
+                assert isinstance(given.get("trust_remote_code"), ast.Constant) and given["trust_remote_code"].value is False, where
+    assert len(calls) >= 6
 
 
 def test_missing_directory(tmp_path: Path) -> None:

@@ -45,7 +45,8 @@ def gather_torch(value: Any) -> list[Any]:
 
 def load_tuned(paths: RunPaths, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """The exported model, as any user loads it."""
-    return AutoModelForCausalLM.from_pretrained(paths.model, dtype=dtype, attn_implementation="sdpa").to(device)
+    return AutoModelForCausalLM.from_pretrained(paths.model, dtype=dtype, attn_implementation="sdpa", use_safetensors=True,
+                                                trust_remote_code=False).to(device)
 
 
 def evaluate(config: Config, paths: RunPaths, rank: int = 0, world: int = 1, device: torch.device | str = "cpu",

@@ -10,7 +10,6 @@ from __future__ import annotations
 import abc
 import copy
 import functools
-import json
 import math
 import os
 import zlib
@@ -24,6 +23,7 @@ from torch import nn
 
 from trainer.config import Config
 from trainer.errors import ConfigError, UserError
+from trainer.files import read_json
 from trainer.paths import RunPaths
 
 if TYPE_CHECKING:
@@ -142,13 +142,13 @@ class SafetensorsWeights(Weights):
     """A directory of safetensors, memory-mapped."""
 
     def __init__(self, directory: Path) -> None:
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         index = directory / "model.safetensors.index.json"
-        if index.is_file():
-            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        else:
-            files = ["model.safetensors"]
+        try:
+            files = sorted(set(map(str, read_json(index)["weight_map"].values()))) if index.is_file() else ["model.safetensors"]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index} is not readable ({error!r}). Copy the model again.") from None
         missing = [f for f in files if "/" in f or not (directory / f).is_file()]
         if missing:
             pickled = sorted(p.name for p in directory.glob("*.bin")) + sorted(p.name for p in directory.glob("*.pth"))
@@ -157,7 +157,10 @@ class SafetensorsWeights(Weights):
                 if pickled else " Copy the model again, or set run.model.gguf_file."))
         self._files: dict[str, Any] = {}
         for file in files:
-            opened = safe_open(directory / file, framework="pt")
+            try:  # safetensors reads no header of more than 100 MB, and none that reaches beyond the file
+                opened = safe_open(directory / file, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{directory / file} is not a readable safetensors file ({error}). Copy the model again.") from None
             self._files |= dict.fromkeys(opened.keys(), opened)
         self.shapes = {n: tuple(f.get_slice(n).get_shape()) for n, f in self._files.items()}
 

@@ -37,7 +37,7 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
         token = "is set" if os.environ.get("HF_TOKEN") else "is not set"
         hint = f"Check the name, the revision and the network; a gated model needs HF_TOKEN in the environment (it {token})."
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
     except Exception as error:  # transformers and the hub client raise many kinds; all mean that it cannot be had
         raise UserError(f"The tokenizer of {source} cannot be loaded: {type(error).__name__}: {first_line(error)} {hint}") from error
     return with_format(tokenizer, config.run.data.format)

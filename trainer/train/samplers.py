@@ -150,9 +150,14 @@ class Sampler:
         writer = csv.writer(text, lineterminator="\n")
         if not path.exists():
             writer.writerow(self._sources[name].columns)
-        writer.writerows(rows)
+        writer.writerows([[_cell(value) for value in row] for row in rows])
         with open(path, "a", encoding="utf-8") as file:
             file.write(text.getvalue())
+
+
+def _cell(value: Any) -> Any:
+    """A name that a spreadsheet would compute is made text: nodes and interfaces are named by others."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
 def start(paths: RunPaths, gpus: bool) -> Sampler:

@@ -6,7 +6,8 @@ What is checked, in this order; the first that fails refuses with what to do:
   1. the checkout is committed, current and not diverged: what is promoted is what was reviewed;
   2. the run: the one that FROM serves, or the one named;
   3. its weights, file by file as they lie on FROM's storage, against manifest and report;
-  4. the gate of TO (environments/<to>/gate.yaml, else the trainer's), against the base model and against what TO serves now;
+  4. the gate of TO (environments/<to>/gate.yaml, else the trainer's), against the base model and against what TO serves now, and the
+     report's sample answers by the guardrails of TO's chatbot;
   5. the weights on TO's storage: shared with FROM, or copied there before (the message says how).
 Only the gate can be overridden (FORCE=1 with a REASON); the commit then says so. The result is a commit on a branch of its own:
 release.yaml of TO with FROM's chart version and image pins and the run; nothing is pushed.
@@ -24,12 +25,14 @@ from typing import Any
 
 import yaml
 
+from chatbot.errors import ConfigError
 from tools import environments
 from tools.environments import Environment
 from tools.errors import OperatorError
 from tools.layout import REPOSITORY, Layout
 from tools.repository import Repository
 from tools.runs import FolderStore, PodStore, Run, RunStore, read_report, verify
+from tools.sample_check import check_samples, guardrails_of
 from trainer.errors import UserError
 from trainer.evaluate import gate as gates
 
@@ -125,8 +128,8 @@ def plan(source: Environment, target: Environment, source_store: RunStore, targe
     served = read_report(target_store, served_id) if served_id else None
     try:
         gate, gate_path = gate_of(target.name, root)
-        verdict = gates.judge(checked.report, gate, served)
-    except UserError as error:
+        verdict = gates.join(gates.judge(checked.report, gate, served), check_samples(checked.report, guardrails_of(target)))
+    except (UserError, ConfigError) as error:
         raise OperatorError(str(error)) from None
     if not verdict["passed"] and not force:
         reasons = "\n".join(f"  - {r}" for r in verdict["reasons"])

@@ -61,6 +61,7 @@ def report(run: str, sha256: str, gain: float = 0.3, **fields: Any) -> dict[str,
             "base": {"loss": 2.0, "token_f1": 0.2, "decision_accuracy": 0.5},
             "tuned": {"loss": 2.0 - gain, "token_f1": 0.21, "decision_accuracy": 0.51},
             "difference": {"loss": difference, "token_f1": same, "decision_accuracy": same},
+            "samples": [{"id": "row-1", "question": "Does it help?", "context": "", "tuned": "It helped most patients.\nDecision: yes"}],
             "train": {"steps": 10, "tokens": 9000}, "contamination": {"share": 0.0, "flagged": 0, "rows": 40},
             "evaluation": {"rows_sha256": "r"}, **fields}
 
@@ -289,3 +290,10 @@ def test_unknown_environments_are_named(root: Path, storage: Path) -> None:
         promote("dev", "stagign", storage=str(storage), root=root)
     with pytest.raises(OperatorError, match="both dev"):
         promote("dev", "dev", storage=str(storage), root=root)
+
+
+def test_an_answer_that_the_targets_chatbot_would_not_let_through_is_refused(root: Path, storage: Path) -> None:
+    leak = {"id": "row-2", "question": "Whom do I ask?", "context": "", "tuned": "Ask john.doe@example.com about the trial."}
+    make_run(storage, samples=[leak])
+    with pytest.raises(OperatorError, match=r"sample row-2: .*personal-data"):
+        promote("dev", "staging", storage=str(storage), root=root)

@@ -168,5 +168,10 @@ def judge(report: dict[str, Any], gate: dict[str, Any], served: dict[str, Any] |
             checks.append((rows >= entry, f"min_rows: {rows} held-out rows; needed: {entry}"))
         else:
             checks.extend(_metric(name, entry, report, served))
-    return {"passed": all(ok for ok, _ in checks), "reasons": [text for ok, text in checks if not ok],
-            "checks": [{"passed": ok, "text": text} for ok, text in checks]}
+    return join({"checks": []}, [{"passed": ok, "text": text} for ok, text in checks])
+
+
+def join(verdict: dict[str, Any], more: list[dict[str, Any]]) -> dict[str, Any]:
+    """A verdict with further checks ({"passed", "text"}), which count as its own."""
+    checks = [*verdict["checks"], *more]
+    return {"passed": all(c["passed"] for c in checks), "reasons": [c["text"] for c in checks if not c["passed"]], "checks": checks}

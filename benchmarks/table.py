@@ -31,6 +31,8 @@ def describe(case: dict[str, Any]) -> str:
     if case["engine"] == "deepspeed":
         words.append("DeepSpeed ZeRO-3")
     words += ["weights kept between micro-batches" for s in case["set"] if s == "engine.zero_stage=2"]
+    words += ["rows without context"] if case["rows"] == "qa" else []
+    words += [f"{case['accumulate']} x {case['micro']:,} tokens a step"] if case["accumulate"] > 1 else []
     return ", ".join(words)
 
 
@@ -45,6 +47,25 @@ def speed() -> Iterator[str]:
             newest[key] = (f"| {machine.replace('x', ' x ')} | {NAMES[key[0]]}, {key[1]} | {result['tokens_per_second_per_worker']:,.0f} | "
                            f"{result['mfu']:.1%} |")
         yield from newest.values()
+
+
+def peers() -> Iterator[str]:
+    """Rows of the table of others' loops: the product's fastest run of the same model on the same rows and GPU beside each."""
+    path = RESULTS / "peers.jsonl"
+    if not path.exists():
+        return
+    yield ""
+    yield "| the same model, rows and GPU (1 x H100, 3.5B Llama, full, bf16) | tokens/s | this project's fastest |"
+    yield "|---|---|---|"
+    names = {"old": "DeepSpeed ZeRO-3, rows padded to 512, loss on all", "trl": "TRL's SFTTrainer, packed, Liger"}
+    kept = {"bfloat16": "weights and optimizer in bf16", "float32": "weights and optimizer in fp32, as this project keeps them"}
+    for peer in map(json.loads, path.read_text().splitlines()):
+        case = peer["case"]
+        ours = max(d["tokens_per_second"] for d in cases("1xH100")
+                   if (d["case"]["model"], d["case"]["rows"], d["case"]["method"]) == (case["model"], case["rows"], "full"))
+        words = [names[case["peer"]], *([kept[case["weights"]]] if case["peer"] == "trl" else []),
+                 "rows with context" if case["rows"] == "qca" else "rows without context"]
+        yield f"| {', '.join(words)} | {peer['tokens_per_second']:,.0f} | {ours:,.0f}: {ours / peer['tokens_per_second']:.2f} times |"
 
 
 def starts() -> Iterator[str]:
@@ -67,7 +88,7 @@ def main() -> None:
     """Print or write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true")
-    text = "\n".join([*speed(), *starts()])
+    text = "\n".join([*speed(), *peers(), *starts()])
     if not parser.parse_args().write:
         print(text)
         return

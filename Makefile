@@ -1,7 +1,7 @@
 # Every target works from a fresh clone; the first call puts uv and a Python environment into the cache.
 SHELL := /bin/bash -euo pipefail
 .DEFAULT_GOAL := help
-.PHONY: help up down status results ask images charts try test test-fast test-host e2e e2e-promotion chaos fuzz lint clean promote rollback diff site-check bundle bundle-load
+.PHONY: help up down status results ask images charts try test test-fast test-host e2e e2e-promotion chaos fuzz test-slow lint clean promote rollback diff site-check bundle bundle-load
 
 CACHE ?= $(or $(LLM_FINETUNE_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/llm-finetune)
 export LLM_FINETUNE_CACHE := $(CACHE)
@@ -83,6 +83,9 @@ e2e-promotion: $(TOOLS_VENV) ## two environments on the running local cluster: t
 
 chaos: $(TOOLS_VENV) ## TRIES=1: each fault at a random moment of a real run on the local cluster; 5 minutes a try (root)
 	@TRIES=$(or $(TRIES),1) FAULTS_OUT=$(FAULTS_OUT) $(TOOLS) -m tools.checks chaos
+
+test-slow: $(TOOLS_VENV) $(TRAINER_VENV) ## whole training runs on this machine with faults around them: minutes each, no cluster
+	@$(TOOLS) -m tools.checks slow
 
 fuzz: $(TOOLS_VENV) $(TRAINER_VENV) $(CHATBOT_VENV) ## CASES=10000: values, configurations, datasets, manifests, API, guardrails
 	@FUZZ_CASES=$(or $(CASES),10000) $(TOOLS) -m tools.checks fuzz

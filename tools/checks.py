@@ -56,8 +56,10 @@ CLUSTER = [Check("local cluster up", ["tools", "-m", "tools", "up"]), Check("end
 HOST = [Check("up, interrupted", _pytest("tools", "tests/host/test_up.py")), Check("down", _pytest("tools", "tests/host/test_down.py"))]
 PROMOTION = [CLUSTER[0], Check("promotion", _pytest("tools", "tests/e2e/test_promotion.py", mark="slow"))]
 CHAOS = [CLUSTER[0], Check("faults", _pytest("tools", "tests/e2e/test_faults.py", mark="slow"))]
+# Whole runs with faults, on this machine and without a cluster: minutes each.
+SLOW = [Check("trainer, slow", _pytest("trainer", "tests/trainer", mark="slow", timeout_s=3600))]
 SUITES = {"lint": LINT, "fast": [*LINT, *UNIT], "all": [*LINT, *UNIT, *CLUSTER], "host": HOST, "e2e": CLUSTER, "promotion": PROMOTION,
-          "chaos": CHAOS, "fuzz": FUZZED}
+          "chaos": CHAOS, "fuzz": FUZZED, "slow": SLOW}
 NOT_RUN = {
     "lint": "tests (make test)",
     "fast": "end-to-end tests on the local cluster (make test)",
@@ -67,6 +69,7 @@ NOT_RUN = {
     "promotion": "everything else (make test)",
     "chaos": "everything else (make test)",
     "fuzz": "everything else (make test)",
+    "slow": "everything else (make test)",
 }
 
 

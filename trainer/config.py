@@ -520,7 +520,7 @@ def _build(kind: Any, value: Any, where: str) -> Any:
                 pass
         check(isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value), where, value, "Give a number.")
         return float(value)
-    if kind is int and isinstance(value, float) and value.is_integer():
+    if kind is int and isinstance(value, float) and value.is_integer() and abs(value) <= 1 << 53:  # Helm writes whole numbers as floats
         value = int(value)
     check(isinstance(value, kind) and not (kind is int and isinstance(value, bool)), where, value,
           {int: "Give a whole number.", str: "Give text.", bool: "Give true or false."}.get(kind, f"Give {kind}."))

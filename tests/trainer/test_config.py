@@ -118,6 +118,7 @@ LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     (b'{"run": "\\ud800"}', "run"), (b'{"run": {"name": "a\\u0000"}}', "run.name"),
     (f"{HEAD} seed: 1.0e+400}}".encode(), "run.seed"), (f"{HEAD} train: {{epochs: .inf}}}}".encode(), "run.train.epochs"),
     (f"{HEAD} train: {{epochs: inf}}}}".encode(), "run.train.epochs"),
+    (f"{HEAD} train: {{max_steps: 9.223372036854776e+18}}}}".encode(), "run.train.max_steps"),
     (f"{HEAD} method: {{alpha: {'9' * 400}}}}}".encode(), "run.method.alpha"),
     (f"{HEAD} model: {{path: m, architecture: &x {{x: *x}}}}}}".encode(), "run.model.architecture"),
 ])

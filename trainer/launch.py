@@ -29,7 +29,6 @@ from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy
 from ray.train.v2._internal.execution.failure_handling.failure_policy import FailureDecision
-from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
 from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
@@ -39,6 +38,7 @@ from trainer.config import Config, to_dict
 from trainer.errors import UserError
 from trainer.lock import Lock
 from trainer.paths import RunPaths
+from trainer.scaling import Elastic, FixedSize, fits, living_nodes
 from trainer.train.progress import Follower, Progress
 
 log = logging.getLogger(__name__)
@@ -181,25 +181,14 @@ class FailurePolicy(DefaultFailurePolicy):
         """`make_decision` says it in one line."""
 
 
-class FixedSize(FixedScalingPolicy):
-    """A worker group of one size, without the actor that Ray Train asks for more nodes through: the pending placement group does."""
-
-    def after_controller_start(self, train_run_context: Any) -> None:
-        """Nothing to register."""
-
-    def _maybe_send_resource_request(self) -> None:
-        """Nothing to renew."""
-
-
 class Trainer(DataParallelTrainer):
     """Ray Train's trainer with this module's policies, and without helper actors that a run of one job does not need."""
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         scaling: Any = self.scaling_config
         failures: Any = self.run_config.failure_config
-        own: dict[str, Any] = {"failure_policy": FailurePolicy(failures)}
-        if not scaling.elasticity_enabled:
-            own["scaling_policy"] = FixedSize(scaling)
+        own: dict[str, Any] = {"failure_policy": FailurePolicy(failures),
+                               "scaling_policy": (Elastic if scaling.elasticity_enabled else FixedSize)(scaling)}
         return super()._initialize_and_run_controller(**{**arguments, **own})
 
     def _create_default_callbacks(self) -> list[Any]:
@@ -244,9 +233,7 @@ def needs(config: Config) -> dict[str, float]:
 
 def room(config: Config) -> int:
     """Workers that the nodes that are there now can hold."""
-    one = needs(config)
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return sum(int(min(node.get(kind, 0.0) // amount for kind, amount in one.items())) for node in nodes)
+    return fits(living_nodes(), needs(config))
 
 
 def wait_for_workers(config: Config, every_s: float = 15.0) -> None:
@@ -290,7 +277,7 @@ def fit(config: Config, names: Sequence[str]) -> Any:
     paths = RunPaths.of(config)
     elastic = 0 < resources.min_workers < resources.workers
     scaling = ScalingConfig(num_workers=(resources.min_workers, resources.workers) if elastic else resources.workers,
-                                      use_gpu=bool(resources.gpus_per_worker), resources_per_worker=needs(config))
+                            use_gpu=bool(resources.gpus_per_worker), resources_per_worker=needs(config))
     run: Any = RunConfig(name=config.run_id, storage_path=str(paths.ray),
                               failure_config=FailureConfig(max_failures=resources.max_failures),
                               worker_runtime_env=QUIET, logging_config=LoggingConfig(log_level="ERROR"))

@@ -75,7 +75,7 @@ test: $(TOOLS_VENV) $(TRAINER_VENV) $(CHATBOT_VENV) ## lint, unit, chart and end
 test-host: $(TOOLS_VENV) ## make up interrupted three times, make down leaving nothing behind; ends without a cluster (root)
 	@$(TOOLS) -m tools.checks host
 
-e2e: $(TOOLS_VENV) ## end-to-end tests on the running local cluster (root)
+e2e: $(TOOLS_VENV) ## end-to-end tests on the local cluster, promotion included (root)
 	@$(TOOLS) -m tools.checks e2e
 
 e2e-promotion: $(TOOLS_VENV) ## two environments on the running local cluster: train, promote, refuse, roll back (root)

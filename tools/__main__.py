@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import shutil
 import sys
 
@@ -115,7 +116,12 @@ def main() -> int:
         importlib.import_module(f"tools.{name}").add_parser(commands)
     arguments = parser.parse_args()
     try:
-        return int(arguments.run(arguments) or 0)
+        code = int(arguments.run(arguments) or 0)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever read the output has seen enough (`make results | head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OperatorError as error:
         print(f"\n{error}", file=sys.stderr)
         return 1

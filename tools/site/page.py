@@ -73,7 +73,7 @@ def picture(names: list[str], values: list[list[float | None]], unit: str, title
     """A matrix of squares as inline SVG: the fuller the colour, the larger the value; senders are rows, receivers columns."""
     cell, left, top = 66, 215, 40
     most = max((v for row in values for v in row if v is not None), default=1.0) or 1.0
-    width, height = left + cell * len(names) + 10, top + cell * len(names) + 26
+    width, height = left + max(cell * len(names), 180) + 10, top + cell * len(names) + 26
     short = [n if len(n) <= 22 else f"{n[:10]}…{n[-11:]}" for n in names]
     parts = [f'<svg role="img" aria-label="{escape(title)}" viewBox="0 0 {width} {height}" style="max-width:{width}px" '
              'xmlns="http://www.w3.org/2000/svg">']

@@ -36,6 +36,7 @@ def prepared(directory: Path, **changes: Any) -> Path:
     document["resources"] = {"workers": 1, "cpus_per_worker": 1}
     document["run"]["checkpoint"] = {"every_steps": STEP, "keep_last": 2}
     document["run"]["train"] |= {"epochs": 12, **changes}
+    document["run"]["model"]["architecture"]["vocab_size"] = 512
     path.write_text(json.dumps(document))
     return path
 
@@ -153,9 +154,7 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_the_run_says_so(small_disk: P
     ended(start(path, "faults-full", "prepare"))
     process = start(path, "faults-full", "train")
     until(lambda: any((root / "checkpoints").glob("step-*")), process)
-    with contextlib.suppress(OSError), open(ballast, "wb", buffering=0) as file:
-        while True:
-            file.write(bytes(1 << 20))
+    ballast.write_bytes(bytes(shutil.disk_usage(small_disk).free - (16 << 20)))  # less than is left free, enough to say so
     until(lambda: "was not saved" in (root / "progress.json").read_text(), process)
     kept = sorted((root / "checkpoints").glob("step-*"))
     progress = json.loads((root / "progress.json").read_text())

@@ -190,9 +190,11 @@ def test_application_set_reads_what_the_site_writes() -> None:
     assert set(re.findall(r'annotations "(llm-finetune/[a-z-]+)"', text)) == written
     template = yaml.safe_load(text)["spec"]["template"]["spec"]
     assert template["destination"]["namespace"] == environments.namespace("{{ .path.basename }}")
-    files = [f.removeprefix("$values/environments/{{ .path.basename }}/") for f in template["sources"][0]["helm"]["valueFiles"]]
+    values, chart = template["sources"]
+    assert values["ref"] == "values", "git first, or a push between the sources' revisions is lost (docs/decisions/gitops.md)"
+    files = [f.removeprefix("$values/environments/{{ .path.basename }}/") for f in chart["helm"]["valueFiles"]]
     assert tuple(files) == environments.ORDER
-    assert template["sources"][0]["helm"]["releaseName"] == environments.RELEASE_NAME
+    assert chart["helm"]["releaseName"] == environments.RELEASE_NAME
 
 
 def rendered_kinds() -> set[tuple[str, str]]:

@@ -148,7 +148,7 @@ def environment(api: client.ApiClient, name: str, layout: Layout) -> State:
         errors.append({"message": operation.get("message", ""), "lastTransitionTime": operation.get("finishedAt", "")})
     since = min((_unix(c.get("lastTransitionTime", "")) for c in errors), default=None)
     return State(name, status.get("sync", {}).get("status", "unknown"), status.get("health", {}).get("status", "unknown"),
-                 (status.get("sync", {}).get("revisions") or [""])[-1][:10], "; ".join(c["message"] for c in errors), since, current,
+                 (status.get("sync", {}).get("revisions") or [""])[0][:10], "; ".join(c["message"] for c in errors), since, current,
                  tuple(r for r in everything if r is not current), unhealthy(status.get("resources", [])))
 
 

@@ -353,13 +353,17 @@ def _advice(config: Config, result: Plan, facts: DatasetFacts | None) -> list[st
         return advice or ["Nothing that was tried fits: use a GPU with more memory, or a smaller model."]
     advice = []
     if result.tokens_per_second and result.fits:
-        engine = config.run.engine
-        options: list[tuple[str, dict[str, Any]]] = [
-            ("run.engine.shard_group: node", {"shard_group": "node"}), ("run.engine.zero_stage: 2", {"zero_stage": 2}),
-            ("run.engine.checkpointing: auto", {"checkpointing": "auto"})]
-        for label, values in options:
-            changed = _changed(config, engine=values)
-            if changed is None or changed.run.engine == engine or (config.run.method.kind != "full" and "check" not in label):
+        # A smaller micro-batch may need no recomputation; what it reduces and updates a step stays the same.
+        smaller = max(config.run.data.max_tokens, config.run.train.micro_batch_tokens // 2)
+        options: list[tuple[str, dict[str, dict[str, Any]]]] = [
+            ("run.engine.shard_group: node", {"engine": {"shard_group": "node"}}),
+            ("run.engine.zero_stage: 2", {"engine": {"zero_stage": 2}}),
+            ("run.engine.checkpointing: auto", {"engine": {"checkpointing": "auto"}}),
+            (f"run.train.micro_batch_tokens: {smaller}", {"train": {"micro_batch_tokens": smaller}})]
+        sharding = ("run.engine.shard_group", "run.engine.zero_stage")
+        for label, parts in options:
+            changed = _changed(config, **parts)
+            if changed is None or changed == config or (config.run.method.kind != "full" and label.startswith(sharding)):
                 continue
             try:
                 other = plan(changed, facts, advise=False)

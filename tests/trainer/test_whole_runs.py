@@ -33,7 +33,7 @@ def prepared(directory: Path, **changes: Any) -> Path:
     """A storage and the configuration file of a run with one worker."""
     path = storage(directory)
     document = json.loads(path.read_text())
-    document["resources"] = {"workers": 1, "cpus_per_worker": 1}
+    document["resources"] = {"workers": 1, "cpus_per_worker": 1, "max_failures": 0}
     document["run"]["checkpoint"] = {"every_steps": STEP, "keep_last": 2}
     document["run"]["train"] |= {"epochs": 12, **changes}
     document["run"]["model"]["architecture"]["vocab_size"] = 512
@@ -202,13 +202,14 @@ def test_secrets_show_up_nowhere(tmp_path: Path) -> None:
         assert len(arguments) >= 5 and any("raylet" in a for a in arguments), arguments
         assert not [a for a in arguments for secret in secrets if secret in a]
 
-        shutil.rmtree(tmp_path / "storage" / "runs" / "faults-canary" / "model")
-        (tmp_path / "storage" / "runs" / "faults-canary" / "report.json").unlink()
-        (tmp_path / "storage" / "runs" / "faults-canary" / "dataset" / "tokenizer" / "tokenizer.json").write_text("{")
+        root = tmp_path / "storage" / "runs" / "faults-canary"
+        (root / "report.json").unlink()
+        (root / "evaluation.json").unlink()
+        (root / "evaluation.json").mkdir()  # what is written there next raises in a worker
         text += ended(start(path, "faults-canary", **tokens), 1)
         (tmp_path / "output").mkdir()
         (tmp_path / "output" / "text").write_text(text)
-        assert "rror" in text
+        assert "Traceback" in text and "IsADirectoryError" in text
         for directory in (tmp_path / "storage", tmp_path / "output", logs):
             assert found(directory, secrets) == []
     finally:

@@ -59,7 +59,7 @@ def test_a_promoted_environment_serves_exactly_the_promoted_weights(tmp_path: Pa
 @pytest.mark.parametrize("name", environments.names())
 def test_argo_cd_and_helm_make_the_same_objects(name: str, tmp_path: Path) -> None:
     """The ApplicationSet's order of values (files, then `values`) against the printed Helm command: the same objects."""
-    application = argocd.read_manifests(argocd.ARGOCD / "applicationset.yaml")[0]["spec"]["template"]["spec"]["sources"][0]["helm"]
+    application = argocd.read_manifests(argocd.ARGOCD / "applicationset.yaml")[0]["spec"]["template"]["spec"]["sources"][1]["helm"]
     files = [f.replace("$values", str(REPOSITORY)).replace("{{ .path.basename }}", name) for f in application["valueFiles"]]
     pinned = "images" in environments.load(name).documents["release.yaml"].value["global"]
     place = tmp_path / "values.yaml"

@@ -20,8 +20,12 @@ def shown(value: object) -> str:
 class UserError(Exception):
     """Something in the configuration, the data or the storage that the user can mend.
 
-    Printed as one message without a traceback: what is wrong (field and value) and what to do about it.
+    Printed as one message without a traceback: what is wrong (field and value) and what to do about it. Bytes of a file that are no text
+    (lone surrogates here) are shown escaped, so that every terminal and log takes the message.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.encode("utf-8", "backslashreplace").decode())
 
 
 class ConfigError(UserError, ValueError):

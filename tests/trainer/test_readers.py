@@ -172,3 +172,11 @@ def test_sample_is_what_its_readme_says() -> None:
     for r in ROWS:
         assert set(r) == {"id", "question", "contexts", "long_answer", "final_decision"} and r["question"].endswith("?")
         assert 1 <= len(r["contexts"]) <= 4 and 35 <= len(" ".join(r["contexts"]).split()) <= 120, r["id"]
+
+
+def test_a_header_that_is_no_text_is_named_in_a_message_that_can_be_printed(tmp_path: Path) -> None:
+    """Found by tests/fuzz/trainer/test_fuzz_data.py."""
+    (tmp_path / "rows.csv").write_bytes(b"\x80question,context,answer\r\na,b,c\r\n")
+    with pytest.raises(ConfigError, match="question") as raised:
+        all_rows(open_source(DataConfig(path="rows.csv"), tmp_path))
+    assert "\\udc80question" in str(raised.value) and str(raised.value).encode()

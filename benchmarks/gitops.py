@@ -46,7 +46,7 @@ def memory() -> dict[str, float]:
     found = dict.fromkeys(PROCESSES, 0.0)
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError, IndexError):
-            name = Path((entry / "cmdline").read_bytes().split(b"\0")[0].decode()).name if entry.name.isdigit() else ""
+            name = Path((entry / "cmdline").read_bytes().split(b"\0")[0].decode().split(" ")[0]).name if entry.name.isdigit() else ""
             if name in found:
                 fields = dict(line.split(":", 1) for line in (entry / "status").read_text().splitlines())
                 found[name] += int(fields.get("VmRSS", "0 kB").split()[0]) / 1024

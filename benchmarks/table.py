@@ -1,13 +1,16 @@
-"""The README's tables of measured figures, made from benchmarks/results/.
+"""The tables of measured figures in README.md and docs/reliability.md, made from benchmarks/results/.
 
     python benchmarks/table.py            # print them
-    python benchmarks/table.py --write    # put them between the README's markers
+    python benchmarks/table.py --write    # put them between the files' markers
+    python benchmarks/table.py --check    # exit with 1 if the files say something else
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -84,18 +87,46 @@ def starts() -> Iterator[str]:
             yield f"| {name} | {d['seconds'] // 60:.0f}:{d['seconds'] % 60:02.0f} | {d['peak_memory_gib']} GiB | {d['disk_gib']} GiB |"
 
 
+def faults() -> Iterator[str]:
+    """Rows of the table of faults on the local cluster (`FAULTS_OUT=benchmarks/results/faults.jsonl make chaos`)."""
+    path = RESULTS / "faults.jsonl"
+    yield "| fault | tries | same losses as undisturbed | steps done again (most) | next step after (median, worst) |"
+    yield "|---|---|---|---|---|"
+    tries: dict[str, list[dict[str, Any]]] = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        found = json.loads(line)
+        tries.setdefault(found["fault"], []).append(found)
+    for fault, found in tries.items():
+        seconds = [f["recovery_seconds"] for f in found]
+        yield (f"| {fault} | {len(found)} | {sum(f['loss_equal'] for f in found)} | {max(f['repeated_steps'] for f in found)} | "
+               f"{statistics.median(seconds):.0f} s, {max(seconds):.0f} s |")
+
+
+TABLES = {"README.md": lambda: [*speed(), *peers(), *starts()], "docs/reliability.md": lambda: [*faults()]}
+"""File, and the lines between its markers."""
+
+
+def written(name: str) -> str:
+    """A file with its table as it should be."""
+    before, _, rest = (REPOSITORY / name).read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return "\n".join([before + BEGIN, *TABLES[name](), END + after])
+
+
 def main() -> None:
     """Print or write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true")
-    text = "\n".join([*speed(), *peers(), *starts()])
-    if not parser.parse_args().write:
-        print(text)
-        return
-    readme = REPOSITORY / "README.md"
-    before, _, rest = readme.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    old = [name for name in TABLES if (REPOSITORY / name).read_text() != written(name)]
+    if options.check:
+        sys.exit("".join(f"{name} does not show benchmarks/results/: run `python benchmarks/table.py --write`.\n" for name in old) or 0)
+    for name, lines in TABLES.items():
+        if options.write:
+            (REPOSITORY / name).write_text(written(name))
+        else:
+            print(f"{name}\n", *lines(), "", sep="\n")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -173,3 +174,21 @@ def test_the_plan_on_the_measured_network() -> None:
 def test_a_wrong_configuration_is_one_line() -> None:
     code, found = command("plan", LLM_FINETUNE_CONFIG="run: {name: X}")
     assert code == 1 and "run" in found["error"]
+
+
+def test_remove_ends_a_measurement_that_is_under_way(tmp_path: Path) -> None:
+    """An interrupted check's `fsync` or `write` would make the directory again."""
+    directory = tmp_path / "check"
+    directory.mkdir()
+    code = "import time; time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code, "-m", "trainer.sitecheck", "write", "--directory", str(directory)]) as measuring, \
+            subprocess.Popen([sys.executable, "-c", code, "-m", "trainer.sitecheck", "serve"]) as serving:
+        try:
+            while b"trainer.sitecheck" not in Path(f"/proc/{measuring.pid}/cmdline").read_bytes():
+                time.sleep(0.01)
+            storage.remove(directory)
+            assert measuring.wait(10) == -signal.SIGKILL and not directory.exists()
+            assert serving.poll() is None
+        finally:
+            measuring.kill()
+            serving.kill()

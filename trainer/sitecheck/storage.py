@@ -6,11 +6,13 @@ Everything lies in one directory of the storage, which the caller removes. Two-s
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
 import os
 import shutil
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -195,6 +197,24 @@ def races(directory: Path, side: str, rounds: int = 40) -> dict[str, Any]:
 
 
 def remove(directory: Path) -> dict[str, Any]:
-    """Take the check's directory away."""
+    """Take the check's directory away. Measurements that this pod still makes in it (of a check that was interrupted) are ended first:
+    they would make it again."""
+    for process in _measuring(directory):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+    until = time.monotonic() + 10
+    while _measuring(directory) and time.monotonic() < until:
+        time.sleep(0.05)
     shutil.rmtree(directory)
     return {"removed": str(directory)}
+
+
+def _measuring(directory: Path) -> list[int]:
+    """Other processes of the check that were told this directory, those that have ended but are not waited for left out."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (entry / "cmdline").read_bytes().split(b"\0")  # empty for a process that has ended
+            if b"trainer.sitecheck" in words and os.fsencode(directory) in words and int(entry.name) != os.getpid():
+                found.append(int(entry.name))
+    return found

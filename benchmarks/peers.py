@@ -31,8 +31,6 @@ import numpy as np
 from record import record
 from train import CONTEXT, MODELS, REPOSITORY, ROWS, VOCABULARY, make_dataset, versions
 
-PEAK_FLOPS = 989e12  # H100 and H200 SXM, dense bf16, datasheet
-
 
 class Clock:
     """Ends of steps on this rank, the device idle at each."""
@@ -87,7 +85,6 @@ def old(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     total = batch * CONTEXT * (options.steps + 1) * accelerator.num_processes
     shards = rows_of(scratch / f"rows-{accelerator.process_index}", options, total)
     model = base_model(options, "sdpa", "bfloat16")
-    parameters = sum(p.numel() for p in model.parameters())
     model.gradient_checkpointing_enable()
     model.train()
     engine, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-5))
@@ -107,7 +104,7 @@ def old(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         optimizer.zero_grad()
         clock.tick()
     seconds = clock.median(options.warm)
-    return {"seconds": seconds, "tokens": real / options.steps, "rows": float(batch), "parameters": parameters, "loss": float(loss)}
+    return {"seconds": seconds, "tokens": real / options.steps, "rows": float(batch), "loss": float(loss)}
 
 
 def trl(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
@@ -127,7 +124,6 @@ def trl(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, unk_token="<unk>")),
                                     unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>")
     model = base_model(options, attention.PACKED if options.attention == "packed" else options.attention, options.weights)
-    parameters = sum(p.numel() for p in model.parameters())
     clock = Clock()
 
     class Ticks(TrainerCallback):
@@ -146,7 +142,7 @@ def trl(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     per_pack = [len(lengths) for lengths in trainer.train_dataset["seq_lengths"]]
     loss = trainer.train().training_loss
     return {"seconds": clock.median(options.warm), "tokens": statistics.mean(packs), "rows": statistics.mean(per_pack),
-            "parameters": parameters, "loss": loss}
+            "loss": loss}
 
 
 def rank(options: argparse.Namespace) -> None:
@@ -157,12 +153,11 @@ def rank(options: argparse.Namespace) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     per_second = result["tokens"] / result["seconds"]
-    # 6 floating-point operations a parameter and token; attention within rows of at most 512 tokens adds under 1 %.
     Path(options.scratch, "result.json").write_text(json.dumps({
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "tokens_per_second": round(per_second * options.gpus, 1), "tokens_per_second_per_worker": round(per_second, 1),
         "rows_per_second": round(result["rows"] * options.gpus / result["seconds"], 2), "step_seconds": round(result["seconds"], 5),
-        "mfu": round(6 * result["parameters"] * per_second / PEAK_FLOPS, 4), "loss": round(result["loss"], 4),
+        "loss": round(result["loss"], 4),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1) if torch.cuda.is_available() else None}))
 
 

@@ -21,10 +21,15 @@ NAMES = {"1b": "1.2B Llama", "3b": "3.5B Llama", "7b": "Llama 2 7B", "13b": "Lla
 BEGIN, END = "<!-- benchmarks/table.py -->", "<!-- end -->"
 
 
+def results(name: str) -> list[dict[str, Any]]:
+    """A file of results, in the order in which they were taken; none if there is no such file."""
+    path = RESULTS / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 def cases(machine: str) -> list[dict[str, Any]]:
-    """Results of training speed on one kind of machine, in the order in which they were taken."""
-    path = RESULTS / f"{machine}.jsonl"
-    return [d for d in map(json.loads, path.read_text().splitlines()) if "tokens_per_second" in d]
+    """Results of training speed on one kind of machine."""
+    return [d for d in results(machine) if "tokens_per_second" in d]
 
 
 def describe(case: dict[str, Any]) -> str:
@@ -54,15 +59,12 @@ def speed() -> Iterator[str]:
 
 def peers() -> Iterator[str]:
     """Rows of the table of others' loops: the product's fastest run of the same model on the same rows and GPU beside each."""
-    path = RESULTS / "peers.jsonl"
-    if not path.exists():
-        return
     yield ""
     yield "| the same model, rows and GPU (1 x H100, 3.5B Llama, full, bf16) | tokens/s | this project's fastest |"
     yield "|---|---|---|"
     names = {"old": "DeepSpeed ZeRO-3, rows padded to 512, loss on all", "trl": "TRL's SFTTrainer, packed, Liger"}
     kept = {"bfloat16": "weights and optimizer in bf16", "float32": "weights and optimizer in fp32, as this project keeps them"}
-    for peer in map(json.loads, path.read_text().splitlines()):
+    for peer in results("peers"):
         case = peer["case"]
         ours = max(d["tokens_per_second"] for d in cases("1xH100")
                    if (d["case"]["model"], d["case"]["rows"], d["case"]["method"]) == (case["model"], case["rows"], "full"))
@@ -73,14 +75,11 @@ def peers() -> Iterator[str]:
 
 def starts() -> Iterator[str]:
     """Rows of the table of `make up`."""
-    path = RESULTS / "up.jsonl"
-    if not path.exists():
-        return
     yield ""
     yield "| `make up` on two cores | time | peak memory | disk |"
     yield "|---|---|---|---|"
     names = {"cold": "first time, empty caches", "warm": "after `make down`, caches kept", "unchanged": "again, nothing changed"}
-    newest = {d["start"]: d for d in map(json.loads, path.read_text().splitlines()) if d["exit"] == 0}
+    newest = {d["start"]: d for d in results("up") if d["exit"] == 0}
     for kind, name in names.items():
         if kind in newest:
             d = newest[kind]
@@ -89,13 +88,11 @@ def starts() -> Iterator[str]:
 
 def faults() -> Iterator[str]:
     """Rows of the table of faults on the local cluster (`FAULTS_OUT=benchmarks/results/faults.jsonl make chaos`)."""
-    path = RESULTS / "faults.jsonl"
     yield "| fault | tries | same losses as undisturbed | steps done again (most) | next step after (median, worst) |"
     yield "|---|---|---|---|---|"
     tries: dict[str, list[dict[str, Any]]] = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        found = json.loads(line)
-        tries.setdefault(found["fault"], []).append(found)
+    for one in results("faults"):
+        tries.setdefault(one["fault"], []).append(one)
     for fault, found in tries.items():
         seconds = [f["recovery_seconds"] for f in found]
         yield (f"| {fault} | {len(found)} | {sum(f['loss_equal'] for f in found)} | {max(f['repeated_steps'] for f in found)} | "

@@ -8,6 +8,11 @@ import inspect
 import json
 import os
 import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import httpx
 import pytest
 import torch
+import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -155,3 +161,43 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     names = pyfuncitem._fixtureinfo.argnames
     asyncio.run(pyfuncitem.obj(**{name: pyfuncitem.funcargs[name] for name in names}))
     return True
+
+
+# The chatbot as a process of its own, for a browser. The browser's driver has its packages in the tools' environment.
+TOOLS = Path(os.environ.get("LLM_FINETUNE_TOOLS_PYTHON") or Path.home() / ".cache/llm-finetune/venv/tools/bin/python")
+CHROMIUM = Path("/usr/bin/chromium")
+in_a_browser = pytest.mark.skipif(not (TOOLS.exists() and CHROMIUM.exists()), reason=f"needs {TOOLS} with playwright, and {CHROMIUM}")
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def browse(folder: Path, config: dict[str, Any], driver: str, *arguments: Any, timeout_s: float) -> dict[str, Any]:
+    """Serve with a configuration (a port and a temporary folder are added), and run a driver of this folder as `driver URL arguments`.
+
+    Returns what it saw, which it prints as JSON. The server must end in order.
+    """
+    port, root, log_file = free_port(), Path(__file__).parents[2], folder / "log"
+    (folder / "config.yaml").write_text(yaml.safe_dump({**config, "server": {"port": port, "temporary": str(folder / "tmp")}}))
+    with log_file.open("w") as log:
+        server = subprocess.Popen([sys.executable, "-m", "chatbot", "serve", "--config", str(folder / "config.yaml")], cwd=root,
+                                  env={**os.environ, "PYTHONPATH": str(root)}, stdout=log, stderr=log)
+        try:
+            url, until = f"http://127.0.0.1:{port}/", time.monotonic() + 300
+            while True:
+                assert server.poll() is None and time.monotonic() < until, log_file.read_text()
+                try:
+                    if httpx.get(f"{url}readyz").status_code == 200:
+                        break
+                except httpx.HTTPError:
+                    time.sleep(0.3)
+            done = subprocess.run([TOOLS, Path(__file__).with_name(driver), url, *arguments], capture_output=True, text=True,
+                                  timeout=timeout_s)
+            assert done.returncode == 0, done.stderr + log_file.read_text()
+        finally:
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(60) == -signal.SIGTERM  # uvicorn ends in order, then lets the signal have its way
+    return dict(json.loads(done.stdout))

@@ -14,6 +14,8 @@ from typing import Any
 from trainer.errors import UserError
 
 MANIFEST = "manifest.json"
+MAX_HEADER = 100_000_000
+"""Bytes; the bound that safetensors itself sets against hostile headers."""
 
 
 def sync_directory(path: Path) -> None:

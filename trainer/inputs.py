@@ -18,12 +18,11 @@ from pathlib import Path
 
 from trainer.config import Config
 from trainer.errors import UserError
-from trainer.files import read_json, sha256, write_json
+from trainer.files import MAX_HEADER, read_json, sha256, write_json
 from trainer.paths import RunPaths
 
 WHOLE = 64 << 20
 BLOCKS, BLOCK = 64, 128 << 10
-MAX_HEADER = 100_000_000
 NAMES = ("*.json", "*.jinja", "tokenizer.model", "*.txt")
 
 

@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from trainer.files import MAX_HEADER
+
 if TYPE_CHECKING:
     from trainer.engines.base import Piece
 
@@ -34,9 +36,6 @@ DTYPES = {
 """safetensors' names of the types that occur in a training state."""
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-MAX_HEADER = 100_000_000
-"""Bytes; the bound that safetensors itself sets against hostile headers."""
 
 BLOCK = 16 << 20
 """Bytes hashed and written at a time."""

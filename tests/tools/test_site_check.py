@@ -217,6 +217,16 @@ def test_nothing_is_left_after_an_interruption(how: type[BaseException]) -> None
     assert [len(v) for v in cluster.there.values()] == [0, 0, 0]
 
 
+def test_an_interruption_while_it_connects_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Kubernetes client turns what is raised while it connects into an ApiException, KeyboardInterrupt too."""
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kubernetes.stream.ws_client.WSClient", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        on(Cluster()).call(local_pods()[0][0], "facts")
+
+
 def test_what_the_cluster_refuses_is_said_and_cleaned() -> None:
     cluster, (wanted, found) = Cluster(refuses="policies"), local_pods()
     with pytest.raises(OperatorError, match="403 Forbidden"), on(cluster) as made:

@@ -62,10 +62,10 @@ def _stop_pods(layout: Layout) -> None:
 
 def _pod_processes(layout: Layout) -> Iterator[int]:
     """Processes in a pod's cgroup, and the shims that belong to our containerd."""
-    for folder in _pod_cgroups():
-        for path in folder.rglob("cgroup.procs"):
+    for top in _pod_cgroups():
+        for folder, _, _ in os.walk(top):  # passes over folders that go while it looks: pods are ending
             try:
-                yield from (int(line) for line in path.read_text().split())
+                yield from (int(line) for line in Path(folder, "cgroup.procs").read_text().split())
             except OSError:
                 continue
     ours = str(kubernetes.socket(layout)).encode()
@@ -87,9 +87,8 @@ def _pod_cgroups() -> Iterator[Path]:
 
 def _remove_cgroups() -> None:
     for top in _pod_cgroups():
-        for folder in sorted((p for p in top.rglob("*") if p.is_dir()), key=lambda p: len(p.parts), reverse=True):
-            folder.rmdir()
-        top.rmdir()
+        for folder, _, _ in os.walk(top, topdown=False):
+            os.rmdir(folder)
 
 
 def _pod_links() -> Iterator[str]:

@@ -316,6 +316,8 @@ class Pods:
                 answer.close()
                 return {"error": f"no answer within {timeout:.0f} s"}
         except (ApiException, OSError) as error:
+            if isinstance(error.__context__, KeyboardInterrupt):  # `stream` turns it into an ApiException
+                raise error.__context__ from None
             return {"error": f"exec in {pod.name}: {_message(error)}"}
         try:
             return dict(json.loads(output.strip().splitlines()[-1]))

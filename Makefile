@@ -1,7 +1,7 @@
 # Every target works from a fresh clone; the first call puts uv and a Python environment into the cache.
 SHELL := /bin/bash -euo pipefail
 .DEFAULT_GOAL := help
-.PHONY: help up down status results ask images charts try test test-fast test-host e2e e2e-promotion chaos fuzz test-slow lint clean promote rollback diff site-check bundle bundle-load
+.PHONY: help up down status results ask images charts try test test-fast test-host e2e e2e-promotion chaos fuzz test-slow lint clean promote rollback diff helm site-check bundle bundle-load
 
 CACHE ?= $(or $(LLM_FINETUNE_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/llm-finetune)
 export LLM_FINETUNE_CACHE := $(CACHE)
@@ -53,6 +53,9 @@ rollback: $(TOOLS_VENV) ## ENV=staging: return to the release before
 
 diff: $(TOOLS_VENV) ## ENV=local: what a push would change in the cluster
 	@$(TOOLS) -m tools diff $(ENV)
+
+helm: $(TOOLS_VENV) ## ENV=dev: the helm command that makes the same objects without Argo CD (CHART=oci://... for a pushed chart)
+	@$(TOOLS) -m tools environments helm $(ENV) $(if $(CHART),--chart $(CHART))
 
 site-check: $(TOOLS_VENV) ## ENV=dev: look at a cluster before training on it; writes site-check.html and .json (OUT=folder)
 	@$(TOOLS) -m tools site-check $(ENV)

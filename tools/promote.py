@@ -195,6 +195,15 @@ def evidence(report: dict[str, Any]) -> list[str]:
     return lines
 
 
+def report_link(source: Environment, run: Run) -> str:
+    """Where a reviewer reads the whole report: its file on the storage, and the chatbot's page where that serves this run by name."""
+    ingress = source.values.get("chatbot", {}).get("ingress", {})
+    path = f"runs/{run.id}/report.html"
+    if not ingress.get("enabled") or serve_of(source).get("run") != run.id:
+        return path
+    return f"{path}, {'https' if ingress.get('tlsSecretName') else 'http'}://{ingress['host']}/report"
+
+
 def _message(source: Environment, target: Environment, run: Run, verdict: dict[str, Any], gate: str, forced: str, served: str,
              author: str) -> str:
     report = run.report
@@ -205,6 +214,7 @@ def _message(source: Environment, target: Environment, run: Run, verdict: dict[s
              f"Weights  sha256 {run.sha256} ({run.files} files, {run.size / 1e9:.2f} GB, each compared on the storage)",
              f"Chart    {source.chart_version}",
              f"Training {train.get('steps')} steps, {train.get('tokens')} tokens",
+             f"Report   {report_link(source, run)}",
              f"Before   {served or 'nothing was served'}", "",
              *evidence(report), "",
              f"Gate     {gate}: {gate_line}",

@@ -102,7 +102,8 @@ def test_a_run_that_passes_is_committed_with_its_evidence(root: Path, storage: P
     assert release["global"]["release"] == {"chart": {"version": "0.1.0"}}
     assert set(release["global"]["images"]) == {"trainer", "chatbot"}, "images of charts that staging has off stay out"
     message = git(root, "show", "-s", "--format=%B", planned.branch)
-    for text in (f"Promote {RUN} from dev to staging", digest, "1.7", "loss: improves by", "contamination: 0 of 40", f"Run: {RUN}"):
+    for text in (f"Promote {RUN} from dev to staging", digest, "1.7", "loss: improves by", "contamination: 0 of 40", f"Run: {RUN}",
+                 f"Report   runs/{RUN}/report.html"):
         assert text in message
     output = capsys.readouterr().out
     assert f"git push origin {planned.branch}" in output and "pinned by tag" in output
@@ -115,6 +116,18 @@ def test_the_promoted_release_passes_the_checks(root: Path, storage: Path) -> No
         promote("dev", "staging", run=RUN, storage=str(storage), root=root)
     chained = promote("staging", "prod", storage=str(storage), root=root)
     assert chained.run.id == RUN, "the run that staging serves"
+
+
+def test_the_page_that_shows_the_report_is_named(root: Path, storage: Path) -> None:
+    merge_branch(root, promote("dev", "staging", storage=str(storage), root=root).branch)
+    site = root / "environments/staging/site.yaml"
+    value = yaml.safe_load(site.read_text(encoding="utf-8"))
+    value.setdefault("chatbot", {})["ingress"] = {"enabled": True, "host": "chat.staging.example.com", "tlsSecretName": "chat-tls"}
+    site.write_text(yaml.safe_dump(value), encoding="utf-8")
+    git(root, "commit", "--quiet", "--all", "--message", "An Ingress")
+    git(root, "push", "--quiet", "origin", "main")
+    message = promote("staging", "prod", storage=str(storage), root=root).message
+    assert f"Report   runs/{RUN}/report.html, https://chat.staging.example.com/report" in message
 
 
 def test_the_gate_refuses_and_the_override_is_recorded(root: Path, storage: Path) -> None:

@@ -1,7 +1,7 @@
 # Every target works from a fresh clone; the first call puts uv and a Python environment into the cache.
 SHELL := /bin/bash -euo pipefail
 .DEFAULT_GOAL := help
-.PHONY: help up down status results ask images charts try test test-fast test-host e2e e2e-promotion chaos fuzz test-slow lint clean promote rollback diff helm site-check bundle bundle-load
+.PHONY: help up down status results ask images charts try test test-fast test-host e2e e2e-promotion e2e-nodes chaos fuzz test-slow lint clean promote rollback diff helm site-check bundle bundle-load
 
 CACHE ?= $(or $(LLM_FINETUNE_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/llm-finetune)
 export LLM_FINETUNE_CACHE := $(CACHE)
@@ -83,6 +83,9 @@ e2e: $(TOOLS_VENV) ## end-to-end tests on the local cluster, promotion included 
 
 e2e-promotion: $(TOOLS_VENV) ## two environments on the running local cluster: train, promote, refuse, roll back (root)
 	@$(TOOLS) -m tools.checks promotion
+
+e2e-nodes: $(TOOLS_VENV) ## a second node, in a guest on this machine, beside the local cluster's: joined, lost, cut off (root)
+	@$(TOOLS) -m tools.checks nodes
 
 chaos: $(TOOLS_VENV) ## TRIES=1: each fault at a random moment of a real run on the local cluster; 5 minutes a try (root)
 	@TRIES=$(or $(TRIES),1) FAULTS_OUT=$(FAULTS_OUT) $(TOOLS) -m tools.checks chaos

@@ -56,18 +56,21 @@ CLUSTER = [Check("local cluster up", ["tools", "-m", "tools", "up"]), Check("end
 HOST = [Check("up, interrupted", _pytest("tools", "tests/host/test_up.py")), Check("down", _pytest("tools", "tests/host/test_down.py"))]
 PROMOTION = [CLUSTER[0], Check("promotion", _pytest("tools", "tests/e2e/test_promotion.py", mark="slow"))]
 CHAOS = [CLUSTER[0], Check("faults", _pytest("tools", "tests/e2e/test_faults.py", mark="slow"))]
+NODES = [CLUSTER[0], Check("second node", _pytest("tools", "tests/nodes"))]
 # Whole runs with faults, on this machine and without a cluster: minutes each.
 SLOW = [Check("trainer, slow", _pytest("trainer", "tests/trainer", mark="slow", timeout_s=3600))]
 SUITES = {"lint": LINT, "fast": [*LINT, *UNIT], "all": [*LINT, *UNIT, *CLUSTER], "host": HOST, "e2e": [*CLUSTER, PROMOTION[1]],
-          "promotion": PROMOTION, "chaos": CHAOS, "fuzz": FUZZED, "slow": SLOW}
+          "promotion": PROMOTION, "chaos": CHAOS, "nodes": NODES, "fuzz": FUZZED, "slow": SLOW}
 NOT_RUN = {
     "lint": "tests (make test)",
     "fast": "end-to-end tests on the local cluster (make test)",
     "host": "everything else (make test)",
-    "all": "make up and down themselves (make test-host), promotion (make e2e-promotion), faults (make chaos), benchmarks/",
+    "all": "make up and down themselves (make test-host), promotion (make e2e-promotion), "
+           "faults (make chaos), a second node (make e2e-nodes), benchmarks/",
     "e2e": "lint and unit tests (make test-fast)",
     "promotion": "everything else (make test)",
     "chaos": "everything else (make test)",
+    "nodes": "everything else (make test)",
     "fuzz": "everything else (make test)",
     "slow": "everything else (make test)",
 }

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from tools import shell
+from tools.errors import OperatorError
 from tools.layout import Layout
 
 PACKAGES = {
@@ -38,31 +39,50 @@ def _apt(layout: Layout) -> list[str]:
             "-o", "Acquire::Retries=3", "-q", "-y"]
 
 
-def _fingerprint(layout: Layout) -> str:
+def _another_release(layout: Layout, suite: str) -> list[str]:
+    """apt-get for another release of Debian than the host's, from the host's mirror."""
+    uris = shell.output(["apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages", "Label: Debian"]).split()
+    if not uris:
+        raise OperatorError("This host's apt knows no Debian archive (apt-get indextargets); the packages are from there.")
+    folder = layout.debian / f"suite-{suite}"
+    (folder / "lists/partial").mkdir(parents=True, exist_ok=True)
+    (folder / "sources.list").write_text(
+        f"deb [signed-by={layout.debian}/root/usr/share/keyrings/debian-archive-keyring.gpg] {uris[0]} {suite} main\n")
+    return [*_apt(layout), "-o", f"Dir::State::lists={folder}/lists", "-o", f"Dir::Etc::sourcelist={folder}/sources.list",
+            "-o", "Dir::Etc::sourceparts=-"]
+
+
+def _fingerprint(layout: Layout, packages: Collection[str]) -> str:
     release = Path("/etc/os-release").read_text()
-    return hashlib.sha256(f"{release}{sorted(PACKAGES)}{layout.debian}".encode()).hexdigest()
+    return hashlib.sha256(f"{release}{sorted(packages)}{layout.debian}".encode()).hexdigest()
 
 
-def unpacked(layout: Layout) -> bool:
+def unpacked(layout: Layout, packages: Collection[str] = PACKAGES, name: str = "root") -> bool:
     """Whether the packages of this host's release are there."""
-    mark = layout.debian / "root/.packages"
-    return mark.exists() and mark.read_text() == _fingerprint(layout)
+    mark = layout.debian / name / ".packages"
+    return mark.exists() and mark.read_text() == _fingerprint(layout, packages)
 
 
-def unpack(layout: Layout, say: Callable[[str], None]) -> bool:
-    """Download and unpack the packages with what the host lacks of their needs. Returns False if they were there."""
-    if unpacked(layout):
+def unpack(layout: Layout, say: Callable[[str], None], packages: Collection[str] = PACKAGES, name: str = "root", suite: str = "") -> bool:
+    """Download packages, with what the host lacks of their needs, and unpack them into folder `name`. Returns False if they were there.
+
+    With `suite`, exactly these packages of another release of Debian.
+    """
+    if unpacked(layout, packages, name):
         return False
     log = layout.logs / "debian.log"
-    apt = _apt(layout)
+    apt = _another_release(layout, suite) if suite else _apt(layout)
     say("package lists")
     shell.run([*apt, "update"], log)
     say("downloading")
     for old in (layout.debian / "archives").glob("*.deb"):
         old.unlink()
-    # --reinstall: a package that the host has is downloaded all the same, so that the cache does not depend on the host's keeping it.
-    shell.run([*apt, "install", "--download-only", "--no-install-recommends", "--reinstall", *PACKAGES], log)
-    root = layout.debian / "root"
+    if suite:
+        shell.run([*apt, "download", *packages], log, cwd=layout.debian / "archives")
+    else:
+        # --reinstall: a package that the host has is downloaded all the same, so that the cache does not depend on the host's keeping it.
+        shell.run([*apt, "install", "--download-only", "--no-install-recommends", "--reinstall", *packages], log)
+    root = layout.debian / name
     stage = layout.debian / "stage"
     shutil.rmtree(stage, ignore_errors=True)
     stage.mkdir()
@@ -72,9 +92,10 @@ def unpack(layout: Layout, say: Callable[[str], None]) -> bool:
         shell.run(["dpkg-deb", "-x", archive, stage], log)
     # buildah starts a copy of itself in memory inside the image it builds, with that image's environment: neither LD_LIBRARY_PATH
     # nor $ORIGIN reach it, so the libraries' absolute place is written into it.
-    shell.run([stage / "usr/bin/patchelf", "--force-rpath", "--set-rpath", root / "usr/lib/x86_64-linux-gnu",
-               stage / "usr/bin/buildah"], log)
-    (stage / ".packages").write_text(_fingerprint(layout))
+    if "buildah" in packages:
+        shell.run([stage / "usr/bin/patchelf", "--force-rpath", "--set-rpath", root / "usr/lib/x86_64-linux-gnu",
+                   stage / "usr/bin/buildah"], log)
+    (stage / ".packages").write_text(_fingerprint(layout, packages))
     shutil.rmtree(root, ignore_errors=True)
     stage.rename(root)
     return True

@@ -75,9 +75,10 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if not hasattr(error, "worker_failures"):
             raise
-        from trainer import launch
+        from trainer import failures
 
-        print(f"Error: training failed and was given up: {launch.describe(error)}", file=sys.stderr, flush=True)
+        why = failures.describe(error, failures.planned(config), final=True)
+        print(f"Error: training failed and was given up: {why}", file=sys.stderr, flush=True)
         return 1
 
 

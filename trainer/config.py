@@ -410,7 +410,7 @@ class ResourcesConfig:
     prepare_cpus: float = limited(1.0, "Give a positive number of cores.", above=0)
     """CPU cores of the dataset preparation."""
     max_failures: int = limited(10, "Give 0 or a positive number.", minimum=0)
-    """Worker losses after which the run gives up."""
+    """Worker losses after which the run gives up, counted anew with each new checkpoint."""
     scratch: str = ""
     """Node-local directory for offload to NVMe."""
 

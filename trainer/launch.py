@@ -27,13 +27,11 @@ import ray.train
 from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy
-from ray.train.v2._internal.execution.failure_handling.failure_policy import FailureDecision
 from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from trainer import stages
+from trainer import failures, memory, stages
 from trainer.config import Config, to_dict
 from trainer.errors import UserError
 from trainer.lock import Lock
@@ -70,7 +68,7 @@ class _ProcessGroup(Backend):
     def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
         address, port = worker_group.execute_single(0, _address)
         gpus = getattr(backend_config, "gpus", False)
-        ray.get(worker_group.execute_async(_join, address, port, gpus))
+        failures.started(ray.get(worker_group.execute_async(_join, address, port, gpus)))
 
     def on_shutdown(self, worker_group: Any, backend_config: BackendConfig) -> None:
         """Nothing: the workers' processes end with the group."""
@@ -83,8 +81,8 @@ def _address() -> tuple[str, int]:
     return get_address_and_port()
 
 
-def _join(address: str, port: int, gpus: bool) -> None:
-    """In each worker's main thread: join the process group, and take over SIGTERM."""
+def _join(address: str, port: int, gpus: bool) -> memory.Container:
+    """In each worker's main thread: join the process group, and take over SIGTERM. Returns what the worker's container may hold."""
     import datetime
 
     import torch.distributed as dist
@@ -99,6 +97,7 @@ def _join(address: str, port: int, gpus: bool) -> None:
     stop.install()
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", rank=context.get_world_rank(), world_size=context.get_world_size(),
                             timeout=datetime.timedelta(seconds=GROUP_TIMEOUT_S))
+    return memory.container()
 
 
 def _worker(job: dict[str, Any]) -> dict[str, Any]:
@@ -126,68 +125,17 @@ def _worker(job: dict[str, Any]) -> dict[str, Any]:
         raise UserError(str(error)) from None
 
 
-def user_error(error: BaseException | None) -> UserError | None:
-    """The UserError inside what Ray wraps around it, if there is one."""
-    seen: set[int] = set()
-    queue = [error]
-    while queue:
-        e = queue.pop()
-        if e is None or id(e) in seen:
-            continue
-        seen.add(id(e))
-        if isinstance(e, UserError):
-            return e
-        queue += [*getattr(e, "worker_failures", {}).values(), getattr(e, "_base_exc", None), getattr(e, "cause", None),
-                  getattr(e, "controller_failure", None), e.__cause__]
-    return None
-
-
-def describe(error: BaseException) -> str:
-    """One line on why a worker group was lost."""
-    failures: dict[int, BaseException] = getattr(error, "worker_failures", {})
-    parts = []
-    for rank, failure in sorted(failures.items()):
-        base = getattr(failure, "_base_exc", None) or getattr(failure, "health_check_failure", failure)
-        if "OutOfMemory" in type(base).__name__ or "memory pressure" in str(base) or "(OOM)" in str(base):
-            parts.append(f"worker {rank} was killed because its node ran out of memory; `python -m trainer plan` says what the run needs, "
-                         "raise the worker's memory or lower run.train.micro_batch_tokens")
-            continue
-        lines = [line.strip() for line in str(base).splitlines() if line.strip()]
-        parts.append(f"worker {rank}: {type(base).__name__}: {lines[0] if lines else ''}")
-    return "; ".join(parts) or str(error).splitlines()[0]
-
-
-class FailurePolicy(DefaultFailurePolicy):
-    """Start again after a lost worker, at most `max_failures` times; never after an error that only the user can mend.
-
-    A worker that was asked to end and saved its state (preemption) does not count.
-    """
-
-    def make_decision(self, training_failed_error: Any) -> FailureDecision:
-        if user_error(training_failed_error) is not None:
-            return FailureDecision.RAISE
-        failures = getattr(training_failed_error, "worker_failures", {})
-        preempted = any(type(getattr(f, "_base_exc", f)).__name__ == "Preempted" for f in failures.values())
-        before = self._worker_group_failures
-        decision = super().make_decision(training_failed_error)
-        if preempted and decision == FailureDecision.RETRY:
-            self._worker_group_failures = before
-        count = "" if preempted else f" (loss {self._worker_group_failures}, at most {self.failure_config.max_failures} are mended)"
-        print(f"The workers stopped{count}: {describe(training_failed_error)}. "
-              + ("Starting again from the last checkpoint." if decision == FailureDecision.RETRY else "Giving up."), flush=True)
-        return decision
-
-    def _log_decision(self, *_: Any) -> None:
-        """`make_decision` says it in one line."""
-
-
 class Trainer(DataParallelTrainer):
-    """Ray Train's trainer with this module's policies, and without helper actors that a run of one job does not need."""
+    """Ray Train's trainer with the project's policies, and without helper actors that a run of one job does not need."""
+
+    config: Config
+    """Of the run; to be set before `fit`."""
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         scaling: Any = self.scaling_config
-        failures: Any = self.run_config.failure_config
-        own: dict[str, Any] = {"failure_policy": FailurePolicy(failures),
+        limits: Any = self.run_config.failure_config
+        own: dict[str, Any] = {"failure_policy": failures.FailurePolicy(limits, RunPaths.of(self.config).checkpoints,
+                                                                        failures.planned(self.config)),
                                "scaling_policy": (Elastic if scaling.elasticity_enabled else FixedSize)(scaling)}
         return super()._initialize_and_run_controller(**{**arguments, **own})
 
@@ -283,10 +231,11 @@ def fit(config: Config, names: Sequence[str]) -> Any:
                               worker_runtime_env=QUIET, logging_config=LoggingConfig(log_level="ERROR"))
     trainer = Trainer(_worker, train_loop_config={"config": to_dict(config), "stages": list(names)},
                       backend_config=ProcessGroup(bool(resources.gpus_per_worker)), scaling_config=scaling, run_config=run)
+    trainer.config = config
     try:
         return trainer.fit()
     except TrainingFailedError as error:
-        if (cause := user_error(error)) is not None:
+        if (cause := failures.user_error(error)) is not None:
             raise UserError(str(cause)) from None
         raise
 

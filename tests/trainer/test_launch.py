@@ -12,12 +12,17 @@ from pathlib import Path
 
 import pytest
 import ray.train
-from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+from ray.train.v2._internal.exceptions import (
+    UserExceptionWithTraceback,
+    WorkerGroupStartupFailedError,
+    WorkerGroupStartupTimeoutError,
+)
 from ray.train.v2._internal.execution.failure_handling.failure_policy import FailureDecision
-from ray.train.v2.api.exceptions import WorkerGroupError
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from trainer import config as configuration
-from trainer import launch
+from trainer import failures, launch
+from trainer import memory as memory_of
 from trainer.errors import ConfigError, UserError
 from trainer.train.progress import read
 from trainer.train.stop import Preempted
@@ -31,18 +36,18 @@ def lost(**failures):
 
 
 def test_errors_that_only_the_user_can_mend_are_not_retried(capsys):
-    policy = launch.FailurePolicy(ray.train.FailureConfig(max_failures=5))
+    policy = failures.FailurePolicy(ray.train.FailureConfig(max_failures=5))
     assert policy.make_decision(lost(r0=RuntimeError("peer"), r1=UserError("Lower the rate."))) == FailureDecision.RAISE
     assert capsys.readouterr().out == ""
 
 
 def test_losses_are_counted_and_said_in_one_line(capsys):
-    policy = launch.FailurePolicy(ray.train.FailureConfig(max_failures=2))
+    policy = failures.FailurePolicy(ray.train.FailureConfig(max_failures=2))
     decisions = [policy.make_decision(lost(r1=RuntimeError("connection closed\nby peer"))) for _ in range(3)]
     assert decisions == [FailureDecision.RETRY, FailureDecision.RETRY, FailureDecision.RAISE]
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == ("The workers stopped (loss 1, at most 2 are mended): worker 1: RuntimeError: connection closed. "
-                        "Starting again from the last checkpoint.")
+    assert lines[0] == ("The workers stopped (loss 1 since the last new checkpoint, at most 2 are mended): "
+                        "worker 1: RuntimeError: connection closed. Starting again from the last checkpoint.")
     assert len(lines) == 3 and lines[2].endswith("Giving up.")
 
 
@@ -50,12 +55,77 @@ def test_out_of_memory_is_named_with_the_remedy():
     from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
     killed = WorkerHealthCheckFailedError("A worker health check failed.", ray.exceptions.OutOfMemoryError("Task was killed"))
-    text = launch.describe(WorkerGroupError("x", {1: killed, 0: UserExceptionWithTraceback(RuntimeError("connection reset"), "t")}))
+    text = failures.describe(WorkerGroupError("x", {1: killed, 0: UserExceptionWithTraceback(RuntimeError("connection reset"), "t")}))
     assert "worker 1 was killed because its node ran out of memory" in text and "trainer plan" in text and "worker 0: RuntimeError" in text
 
 
+def test_a_run_that_gets_on_is_never_given_up(tmp_path):
+    policy = failures.FailurePolicy(ray.train.FailureConfig(max_failures=1), tmp_path / "checkpoints")
+    for step in range(5):
+        (tmp_path / f"checkpoints/step-{step}").mkdir(parents=True)
+        assert policy.make_decision(lost(r0=RuntimeError("x"))) == FailureDecision.RETRY
+    (tmp_path / "checkpoints/step-9.tmp").mkdir()
+    assert policy.make_decision(lost(r0=RuntimeError("x"))) == FailureDecision.RAISE
+
+
+def test_workers_that_die_while_they_start_are_not_started_for_ever(capsys):
+    """Ray Train tries that again without an end by itself."""
+    policy = failures.FailurePolicy(ray.train.FailureConfig(max_failures=1))
+    error = ControllerError(WorkerGroupStartupFailedError("At least one of the worker actors failed to initialize."))
+    assert [policy.make_decision(error) for _ in range(2)] == [FailureDecision.RETRY, FailureDecision.RAISE]
+    waiting = ControllerError(WorkerGroupStartupTimeoutError(num_workers=2))
+    assert [policy.make_decision(waiting) for _ in range(5)] == [FailureDecision.RETRY] * 5
+    assert "failed to initialize" in capsys.readouterr().out
+
+
+def test_what_the_kernel_killed_is_named_with_limit_and_plan(monkeypatch, capsys):
+    monkeypatch.setattr(failures, "_pods", {})
+    monkeypatch.setattr(failures, "_killed", {})
+    pods = [memory_of.Container("pod-a", 6 << 30, 3), memory_of.Container("pod-b", 6 << 30, 0)]
+    policy = failures.FailurePolicy(ray.train.FailureConfig(max_failures=1), need="by the plan 4.1 GiB")
+    failures.started(pods)  # what was killed there before is none of this run's
+    died = lost(r0=ray.exceptions.ActorDiedError(), r1=RuntimeError("connection reset"))
+    assert policy.make_decision(died) == FailureDecision.RETRY
+    failures.started([memory_of.Container("pod-a", 6 << 30, 4), pods[1]])
+    assert policy.make_decision(died) == FailureDecision.RAISE
+    first, kernel, last = capsys.readouterr().out.splitlines()
+    assert "memory" not in first
+    assert "has killed 1 process(es) of worker 0's pod pod-a" in kernel and "limit of 6.0 GiB" in kernel
+    assert "worker 0 was killed because its pod ran out of memory" in last
+    assert "(the memory limit of its pod pod-a is 6.0 GiB; by the plan 4.1 GiB" in last
+    assert last.endswith("worker 1: RuntimeError: connection reset. Giving up.")
+
+
+def test_a_worker_that_ended_without_a_word_may_have_lacked_memory():
+    text = failures.describe(lost(r0=ray.exceptions.ActorDiedError()), "by the plan 4.1 GiB", final=True)
+    assert "OOMKilled" in text and "by the plan 4.1 GiB" in text
+
+
+def test_the_plan_names_a_workers_host_memory(tmp_path):
+    run = {"name": "x", "model": {"path": "m", "architecture": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}},
+           "data": {"sample": True}}
+    config = configuration.parse({"storage": str(tmp_path), "run": run})
+    assert re.search(r"trainer plan` a worker holds \d+\.\d GiB", failures.planned(config))
+    run["model"] = {"path": "missing"}
+    assert failures.planned(configuration.parse({"storage": str(tmp_path), "run": run})) == ""
+
+
+@pytest.mark.parametrize(("files", "limit", "killed"), [
+    ({"memory.max": "1073741824\n", "memory.events": "low 0\noom 2\noom_kill 1\n"}, 1 << 30, 1),
+    ({"memory.max": "max\n", "memory.events": "oom_kill 0\n"}, 0, 0),
+    ({"memory/memory.limit_in_bytes": "2147483648\n", "memory/memory.oom_control": "under_oom 0\noom_kill 5\n"}, 2 << 30, 5),
+    ({"memory/memory.limit_in_bytes": "9223372036854771712\n"}, 0, 0), ({}, 0, 0),
+])
+def test_a_containers_memory_in_both_versions_of_cgroups(tmp_path, files, limit, killed):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    found = memory_of.container(tmp_path)
+    assert (found.limit, found.killed) == (limit, killed)
+
+
 def test_preemption_does_not_count():
-    policy = launch.FailurePolicy(ray.train.FailureConfig(max_failures=1))
+    policy = failures.FailurePolicy(ray.train.FailureConfig(max_failures=1))
     for _ in range(5):
         assert policy.make_decision(lost(r0=Preempted("asked to end"))) == FailureDecision.RETRY
     assert policy.make_decision(lost(r0=RuntimeError("x"))) == FailureDecision.RETRY
@@ -64,14 +134,14 @@ def test_preemption_does_not_count():
 
 def test_user_error_is_found_inside_what_ray_wraps_around_it():
     inner = ConfigError("run.seed", -1, "Give another.")
-    assert launch.user_error(lost(r3=inner)) is inner
-    assert launch.user_error(lost(r3=ValueError("x"))) is None and launch.user_error(None) is None
+    assert failures.user_error(lost(r3=inner)) is inner
+    assert failures.user_error(lost(r3=ValueError("x"))) is None and failures.user_error(None) is None
 
 
 def test_policies_travel_to_the_controller():
     from ray import cloudpickle
 
-    for policy in (launch.FailurePolicy(ray.train.FailureConfig()), launch.FixedSize(ray.train.ScalingConfig(num_workers=2)),
+    for policy in (failures.FailurePolicy(ray.train.FailureConfig()), launch.FixedSize(ray.train.ScalingConfig(num_workers=2)),
                    launch.ProcessGroup(gpus=True)):
         assert type(cloudpickle.loads(cloudpickle.dumps(policy))) is type(policy)
 

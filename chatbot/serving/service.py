@@ -1,7 +1,7 @@
 """Which model answers now: loads it, watches the storage, moves to a newer run without breaking running answers.
 
-Readiness means: a question asked now gets an answer. It goes when the served model's files vanish from the storage (they are mapped
-into memory, so a page that is not in memory any more could not be read), and comes back with them.
+Readiness means: a question asked now gets an answer. It goes when the served model's files vanish from the storage or the storage does
+not answer (they are mapped into memory, so a page that is not in memory any more could not be read), and comes back with them.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from chatbot.config import Config
 from chatbot.engine.base import Model
@@ -29,6 +29,11 @@ from chatbot.serving.prompt import PromptFormat
 from chatbot.serving.runs import Run, base_of, resolve
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+PATIENCE_S = 20.0
+"""Seconds after which a storage that has not answered a look is said to stand still. A busy NFS server takes a few."""
 
 
 @dataclass(eq=False)
@@ -67,6 +72,8 @@ class Service:
         self.stopping = False
         self._scheduler = Scheduler() if config.engine.kind == "transformers" else None
         self._refused: tuple[str, str] | None = None
+        self._asked: float | None = None
+        """When the storage was asked what it has not answered yet."""
         self._watcher: asyncio.Task[None] | None = None
         self._retiring: set[asyncio.Task[None]] = set()
 
@@ -104,6 +111,8 @@ class Service:
             return False, self.state
         if not self.present:
             return False, f"the model of {self.current.run.id} has vanished from {self.current.run.model}"
+        if self._asked is not None and (since := time.monotonic() - self._asked) > PATIENCE_S:
+            return False, f"the storage has not answered for {since:.0f} s"
         return True, f"serving {self.current.run.id}"
 
     @asynccontextmanager
@@ -132,7 +141,7 @@ class Service:
 
     async def _look(self) -> None:
         if self.current:
-            present = await asyncio.to_thread(self.current.run.present)
+            present = await self._ask(self.current.run.present)
             if present != self.present:
                 log.log(logging.INFO if present else logging.ERROR, "the model of %s %s", self.current.run.id,
                         "is there again" if present else "has vanished from the storage")
@@ -140,7 +149,7 @@ class Service:
             if self.config.serve.follow == "none":
                 return
         try:
-            run = await asyncio.to_thread(resolve, self.config.storage_path, self.config.serve)
+            run = await self._ask(lambda: resolve(self.config.storage_path, self.config.serve))
         except UserError as error:
             if self.current is None and self.state != str(error):
                 log.warning("%s", error)
@@ -151,6 +160,14 @@ class Service:
         if self._refused == (run.id, run.digest):
             return
         await self._move(run)
+
+    async def _ask(self, question: Callable[[], T]) -> T:
+        """Ask the storage, in a thread: it may stand still."""
+        self._asked = time.monotonic()
+        try:
+            return await asyncio.to_thread(question)
+        finally:
+            self._asked = None
 
     async def _move(self, run: Run) -> None:
         """Load a run, then let it answer; what is running goes on with the old one."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import os
 import weakref
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from transformers import AutoTokenizer
 
 from chatbot import config as configs
 from chatbot.errors import ConfigError, UserError
-from chatbot.serving import manifest, prompt
+from chatbot.serving import manifest, prompt, service
 from chatbot.serving.prompt import Turn
 from chatbot.serving.runs import latest, resolve
 from trainer import files
@@ -91,6 +92,31 @@ async def test_not_ready_until_a_run_is_finished_and_while_it_is_gone(storage: S
         model.with_name("away").rename(model)
         await app.ready()
         assert (await app.client.post("/ask", json={"question": "Why?", "max_tokens": 2})).status_code == 200
+
+
+async def test_not_ready_while_the_storage_stands_still(storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A look that hangs (NFS without its server), then ends: the same model answers again, by itself."""
+    monkeypatch.setattr(service, "PATIENCE_S", 0.3)
+    storage.add("demo-0123456789")
+    async with Running(make_config(storage, tmp_path)) as app:
+        await app.ready()
+        manifest_file = storage.root / "runs" / "demo-0123456789" / "model" / manifest.MANIFEST
+        kept = manifest_file.rename(manifest_file.with_name("kept"))
+        os.mkfifo(manifest_file)  # opening it for reading waits for a writer
+
+        async def still() -> bool:
+            return "has not answered for" in (await app.client.get("/readyz")).json()["state"]
+
+        await until(still)
+        assert (await app.client.get("/readyz")).status_code == 503
+        assert (await app.client.get("/healthz")).status_code == 200
+        assert (await app.client.post("/ask", json={"question": "Why?"})).status_code == 503
+        with open(manifest_file, "wb") as answer:
+            answer.write(kept.read_bytes())
+            kept.rename(manifest_file)
+        await app.ready()
+        assert (await app.client.post("/ask", json={"question": "Why?", "max_tokens": 2})).status_code == 200
+        assert app.app.conversation.service.current.run.id == "demo-0123456789"
 
 
 async def test_a_changed_file_is_refused(storage: Storage, tmp_path: Path) -> None:

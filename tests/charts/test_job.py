@@ -181,7 +181,11 @@ def test_kuberays_rules_for_a_cluster_of_its_own() -> None:
 def test_the_submitter_lives_longer_than_a_lost_head() -> None:
     job = rayjob(JOB)["spec"]
     assert job["submitterConfig"]["backoffLimit"] >= 6
-    assert job["submitterPodTemplate"]["spec"]["restartPolicy"] == "Never"
+    pod = job["submitterPodTemplate"]["spec"]
+    assert pod["restartPolicy"] == "Never"
+    assert "/dev/tcp/llm-finetune-head-svc/8265" in pod["initContainers"][0]["args"][0], "it waits for the head instead of failing"
+    own = rayjob(join(JOB, {"global": {"rayCluster": {"standing": False}}}))["spec"]
+    assert "initContainers" not in own["submitterPodTemplate"]["spec"], "the name of a cluster of its own is made by KubeRay"
     assert "submitterPodTemplate" not in rayjob(join(JOB, {"finetune-job": {"submission": {"mode": "HTTPMode"}}}))["spec"]
 
 

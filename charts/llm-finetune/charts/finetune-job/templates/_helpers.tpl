@@ -117,6 +117,21 @@ spec:
       {{- include "llm-finetune.pullSecrets" $root | nindent 6 }}
       securityContext:
         {{- include "llm-finetune.podSecurityContext" $root | nindent 8 }}
+      {{- if not .clusterSpec }}
+      initContainers:
+        # After the head was lost: a submitter that finds none fails, and Kubernetes waits longer each time before it starts the next.
+        - name: wait-for-head
+          image: {{ include "finetune-job.image" $root }}
+          imagePullPolicy: {{ $v.global.imagePullPolicy }}
+          command: [bash, -c]
+          args:
+            - until timeout 3 bash -c 'exec 3<>/dev/tcp/{{ $v.global.rayCluster.name }}-head-svc/8265' 2>/dev/null; do sleep 1; done
+          resources:
+            requests: {cpu: 10m, memory: 16Mi}
+            limits: {memory: 64Mi}
+          securityContext:
+            {{- include "llm-finetune.securityContext" $root | nindent 12 }}
+      {{- end }}
       containers:
         - name: submitter
           image: {{ include "finetune-job.image" $root }}

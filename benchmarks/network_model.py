@@ -1,4 +1,4 @@
-"""Network and memory on paper: the tables of docs/network.md, models.md, large-models.md and mixed-gpus.md, from trainer/plan.
+"""Network and memory on paper: the tables of docs/network.md, models.md, large-models.md, mixed-gpus.md and examples.md, from trainer/plan.
 
     python -m benchmarks.network_model               # print the network tables
     python -m benchmarks.network_model --markdown    # print the model tables (docs/models.md)
@@ -137,6 +137,20 @@ def cards() -> str:
     return markdown(["GPU", "GiB", "bf16 TFLOP/s", "FP8", "GB/s", "GB/s in the node", "matrix products reach"], rows)
 
 
+EXAMPLES = DOCS / "examples"
+"""Worked examples: environments with the run in finetune.yaml."""
+
+
+def example(name: str) -> config.Config:
+    """An example's configuration."""
+    return config.load(str(EXAMPLES / name / "finetune.yaml"))
+
+
+def examples() -> str:
+    """The worked examples: hardware, fullest GPU, speed, hosts' memory, storage."""
+    return overview_of({f"[{p.name}](examples/{p.name}/site.yaml)": example(p.name) for p in sorted(EXAMPLES.iterdir())}, "example")
+
+
 LARGE = [name for name in recipes.names() if "-13b-" in name or "-70b-" in name]
 SHOWN = ("llama-2-13b-full", "llama-2-13b-full-mixed", "llama-2-13b-lora", "llama-2-13b-qlora", "llama-2-70b-full",
          "llama-2-70b-full-mixed-offload", "llama-2-70b-qlora-mixed", "llama-2-70b-lora", "llama-3.1-70b-qlora")
@@ -161,26 +175,32 @@ def cuts() -> str:
 
 def overview() -> str:
     """The recipes for large models: hardware, fullest GPU, speed, storage."""
+    return overview_of({f"`{name}`": recipes.load(name) for name in LARGE}, "recipe")
+
+
+def overview_of(runs: dict[str, config.Config], what: str) -> str:
+    """One row a run."""
     rows = []
-    for name in LARGE:
-        found = plan(recipes.load(name), advise=False)
+    for name, run in runs.items():
+        found = plan(run, advise=False)
         fullest = max(found.groups, key=lambda g: g.memory.total / g.group.memory)
-        rows.append([f"`{name}`", recipes.hardware(found), f"{fullest.memory.total / GIB:.0f} of {fullest.group.memory / GIB:.0f}",
+        rows.append([name, recipes.hardware(found), f"{fullest.memory.total / GIB:.0f} of {fullest.group.memory / GIB:.0f}",
                      f"{found.tokens_per_second:,.0f}", f"{1e8 / found.tokens_per_second / 3600:.1f}", f"{found.host_bytes / GIB:,.0f}",
                      data(found.storage_bytes)])
-    return markdown(["recipe", "for", "GiB a GPU", "tokens/s", "h for 100 M tokens", "GiB a host", "storage"], rows)
+    return markdown([what, "for", "GiB a GPU", "tokens/s", "h for 100 M tokens", "GiB a host", "storage"], rows)
 
 
-def whole_plan(name: str) -> Callable[[], str]:
-    """What `python -m trainer plan` prints for a recipe."""
-    return lambda: f"```\n{render(plan(recipes.load(name)))}```"
+def whole_plan(read: Callable[[str], config.Config], name: str) -> Callable[[], str]:
+    """What `python -m trainer plan` prints for a run."""
+    return lambda: f"```\n{render(plan(read(name)))}```"
 
 
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "network.md": {"bytes": bytes_a_step, "mixed-100": mixed(100), "bandwidth": by_bandwidth, "large": large},
     "models.md": {"shapes": shapes, "needs": needs, "cards": cards},
     "mixed-gpus.md": {"cuts": cuts},
-    "large-models.md": {"overview": overview, **{name: whole_plan(name) for name in SHOWN}},
+    "large-models.md": {"overview": overview, **{name: whole_plan(recipes.load, name) for name in SHOWN}},
+    "examples.md": {"examples": examples, **{path.name: whole_plan(example, path.name) for path in sorted(EXAMPLES.iterdir())}},
 }
 
 

@@ -31,6 +31,8 @@ from trainer.errors import ConfigError, UserError
 from trainer.evaluate import gate as gates
 
 FOLDER = "environments"
+EXAMPLES = "docs/examples"
+"""Worked examples: environments that no cluster names, checked like the others."""
 ORDER = ("site.yaml", "finetune.yaml", "release.yaml")
 """Values files in the order in which Helm and the ApplicationSet read them; the later wins."""
 CHART = Path("charts/llm-finetune")
@@ -149,6 +151,10 @@ class Environment:
     def namespace(self) -> str:
         return namespace(self.name)
 
+    @property
+    def folder(self) -> Path:
+        return self.documents["release.yaml"].path.parent
+
     def setter(self, path: Sequence[str | int]) -> tuple[Document, int] | None:
         """File and line that set a place of the merged values (or what encloses it, if nothing set it); None if no file did."""
         keys = tuple(path)
@@ -170,12 +176,20 @@ def names(root: Path = REPOSITORY) -> list[str]:
     return sorted(p.name for p in (root / FOLDER).iterdir() if p.is_dir() and p.name != "schema")
 
 
+def examples(root: Path = REPOSITORY) -> list[str]:
+    """The worked examples as `load` takes them: docs/examples/<name>, sorted."""
+    return sorted(p.relative_to(root).as_posix() for p in (root / EXAMPLES).glob("*/") if p.is_dir())
+
+
 def load(name: str, root: Path = REPOSITORY) -> Environment:
-    """Read an environment. Raises OperatorError if there is no such folder."""
-    folder = root / FOLDER / name
+    """Read an environment: a folder's name below environments/, or a path with a slash from the checkout's root (docs/examples/...).
+
+    Raises OperatorError if there is no such folder.
+    """
+    folder = root / name if "/" in name else root / FOLDER / name
     if not folder.is_dir():
-        raise OperatorError(f"There is no environment {name!r}. Use one of: {', '.join(names(root))}.")
-    return Environment(name, {f: read(folder / f) for f in ORDER})
+        raise OperatorError(f"There is no environment {name!r}. Use one of: {', '.join([*names(root), *examples(root)])}.")
+    return Environment(folder.name, {f: read(folder / f) for f in ORDER})
 
 
 def read_schema(file: str, root: Path = REPOSITORY) -> dict[str, Any]:
@@ -187,23 +201,23 @@ def check(root: Path = REPOSITORY) -> list[Finding]:
     """Everything wrong with the environments of a checkout."""
     findings = []
     schemas = {f: read_schema(f, root) for f in ORDER}
-    for name in names(root):
+    for name in [*names(root), *examples(root)]:
         findings += check_environment(load(name, root), schemas, root)
-    return findings + scan(root, [FOLDER])
+    return findings + scan(root, [folder for folder in (FOLDER, EXAMPLES) if (root / folder).is_dir()])
 
 
 def check_environment(environment: Environment, schemas: Mapping[str, Any], root: Path = REPOSITORY) -> list[Finding]:
     """The environment's files against their schemas, the trainer's and the charts'; later checks need the earlier ones passed."""
     findings = [f for d in environment.documents.values() for f in d.findings]
     if not NAME.fullmatch(environment.name):
-        findings.append(Finding(root / FOLDER / environment.name, 1, "The folder names a namespace: use 1 to 40 lower-case letters, digits "
+        findings.append(Finding(environment.folder, 1, "The folder names a namespace: use 1 to 40 lower-case letters, digits "
                                                                      "and '-', starting with a letter and not ending with '-'."))
     for file, document in environment.documents.items():
         if document.value is not None:
             findings += validate(document.value, schemas[file], lambda p, d=document: (d, d.line(p)))
     if findings:
         return findings
-    findings += _gate(root / FOLDER / environment.name / "gate.yaml")
+    findings += _gate(environment.folder / "gate.yaml")
     findings += _set_once(environment)
     findings += _served(environment)
     findings += _run(environment)
@@ -325,13 +339,12 @@ def helm_command(name: str, *, chart: str = "", images: str = "", root: Path = R
     for the cluster's annotation `llm-finetune/images`. `action`: the command's first words (default: `upgrade --install`).
     """
     environment = load(name, root)
-    folder = root / FOLDER / name
     command = ["helm", *(shlex.split(action) if action else ["upgrade", "--install", "--create-namespace", "--server-side=true"]),
                RELEASE_NAME, chart or str(root / CHART), "--namespace", environment.namespace]
     if chart.startswith("oci://"):
         command += ["--version", environment.chart_version]
     for file in ORDER:
-        command += ["--values", str(folder / file)]
+        command += ["--values", str(environment.folder / file)]
     return [*command, "--values", images] if images else command
 
 
@@ -340,7 +353,7 @@ def main_check(_: argparse.Namespace) -> int:
     findings = check()
     for finding in findings:
         print(finding.text(REPOSITORY))
-    print(f"{len(names())} environments, {len(findings)} findings")
+    print(f"{len(names())} environments, {len(examples())} examples, {len(findings)} findings")
     return 1 if findings else 0
 
 
@@ -356,7 +369,7 @@ def add_parser(commands: Any) -> None:
     inner = parser.add_subparsers(dest="what", required=True)
     inner.add_parser("check", help="schemas, runs, charts and secrets, with file and line").set_defaults(run=main_check)
     helm = inner.add_parser("helm", help="the helm command that makes the same objects as Argo CD")
-    helm.add_argument("environment")
+    helm.add_argument("environment", help="its name, or the path of an example: docs/examples/<name>")
     helm.add_argument("--chart", default="", help="folder, archive or oci:// reference (default: this checkout's chart)")
     helm.add_argument("--images", default="", help="values file with global.images, for an environment whose release.yaml names none")
     helm.set_defaults(run=main_helm)

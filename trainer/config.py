@@ -534,7 +534,8 @@ def parse(document: Any) -> Config:
 
 
 def load(source: str, **overrides: Any) -> Config:
-    """Read a configuration: `source` is a file, or `env:NAME` for an environment variable that holds the YAML (or JSON) text.
+    """Read a configuration: `source` is a file, or `env:NAME` for an environment variable that holds the YAML (or JSON) text. An
+    environment's finetune.yaml is one too.
 
     `overrides` replace top-level parts that are not None (`storage`, `id`).
     """
@@ -553,6 +554,8 @@ def load(source: str, **overrides: Any) -> Config:
             raise ConfigError("--config", source, "It is not UTF-8 text. Convert it (iconv -t utf-8).") from None
     document = _parsed(source, text)
     check(isinstance(document, dict), "--config", source, "The file must be a mapping with run and resources.")
+    if isinstance(job := document.get("finetune-job"), dict) and "run" not in document:  # an environment's finetune.yaml
+        document = {key: job[key] for key in ("run", "resources") if key in job}
     return parse({**document, **{k: v for k, v in overrides.items() if v is not None}})
 
 

@@ -79,6 +79,7 @@ def test_the_name_follows_from_run_and_image_alone() -> None:
     name = rayjob(JOB)["metadata"]["name"]
     assert re.fullmatch(r"pubmedqa-[0-9a-f]{10}", name)
     same = join(JOB, GPU, {"finetune-job": {"resources": {"workers": 7}, "submission": {"mode": "HTTPMode"}, "env": {"A": "b"}},
+                           "ray-cluster": {"workerDefaults": {"replicas": 7}},
                            "global": {"storage": {"mountPath": "/mnt"}, "images": {"chatbot": {"tag": "2"}}}})
     assert rayjob(same)["metadata"]["name"] == name
     reordered = {"finetune-job": {"run": dict(reversed(RUN.items())), "enabled": True}}
@@ -120,7 +121,8 @@ def test_python_refuses_null() -> None:
 def test_the_trainer_reads_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     from trainer import config
     run = {**RUN, "train": {"learning_rate": 2e-5, "tokens_per_step": 1024, "micro_batch_tokens": 512, "epsilon": 1e-9}}
-    job = rayjob({"finetune-job": {"enabled": True, "run": run, "resources": {"workers": 2}}})
+    job = rayjob({"finetune-job": {"enabled": True, "run": run, "resources": {"workers": 2}},
+                  "ray-cluster": {"workerDefaults": {"cpus": 2}}})
     monkeypatch.setenv("LLM_FINETUNE_CONFIG", config_text(job))
     read = config.load("env:LLM_FINETUNE_CONFIG")
     assert (read.run.train.learning_rate, read.run.train.epsilon, read.resources.workers, read.storage) == (2e-5, 1e-9, 2, "/storage")

@@ -14,15 +14,19 @@ import pytest
 import yaml
 
 from tests.charts.conftest import LOADER, NAMESPACE, RELEASE, SITES, Manifest, Values, one, pod_templates, render
-from tools import charts
+from tools import charts, diff, environments
 
 RECOMMENDED = ["name", "instance", "version", "component", "part-of", "managed-by"]
 OTHER_KINDS = {"RayCluster", "RayJob", "PodMonitor"}
 """Kinds that Kubernetes itself does not have."""
 
 
+@cache
 def all_manifests() -> list[tuple[str, Manifest]]:
-    return [(name, manifest) for name, values in SITES.items() for manifest in render(values)]
+    """What SITES, the environments and the worked examples render."""
+    sites = [(name, manifest) for name, values in SITES.items() for manifest in render(values)]
+    described = [*environments.names(), *environments.examples()]
+    return sites + [(name, manifest) for name in described for manifest in diff.render(name).values()]
 
 
 @pytest.mark.parametrize("version", ["1.33", "1.34", "1.35", "1.36", "1.37"])
@@ -76,7 +80,7 @@ def test_ray_objects_fit_the_crds() -> None:
             kinds.append(manifest["kind"])
             errors = list(jsonschema.Draft202012Validator(crd(manifest["kind"])).iter_errors(manifest))
             assert not errors, f"{name}: {[(list(e.path), e.message) for e in errors[:3]]}"
-    assert kinds.count("RayCluster") == 4 and kinds.count("RayJob") == 4
+    assert kinds.count("RayCluster") == kinds.count("RayJob") == 4 + 2 + len(environments.examples())
 
 
 def test_the_crd_check_finds_an_unknown_field() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import yaml
 
 from tests.charts.conftest import SITES, Values, helm, join
-from tools import charts
+from tools import charts, values_page
 from tools.errors import OperatorError
 
 Path_ = tuple[str, ...]
@@ -51,7 +52,7 @@ CHANGED: dict[str, Any] = {
     "*.labels": {"colour": "red"},
     "*.extraEgress": [{"ports": [{"port": 8080}]}],
     "finetune-job.run": {"name": "another", "model": {"path": "models/base"}, "data": {"sample": True}},
-    "finetune-job.resources": {"workers": 3},
+    "finetune-job.resources": {"max_failures": 3},
     "finetune-job.env": {"X": "y"},
     "finetune-job.retention.schedule": "1 1 * * 1",
     "nfs-provisioner.mountOptions": ["hard", "nfsvers=4.2"],
@@ -206,6 +207,18 @@ def test_conditions(part: str) -> None:
 def test_schema_belongs_to_values(values: Path) -> None:
     """`python -m tools.charts schema` writes it."""
     assert values.with_name("values.schema.json").read_text(encoding="utf-8") == charts.schema_text(values)
+
+
+def test_the_page_belongs_to_the_values() -> None:
+    """`python -m tools.values_page` writes it."""
+    assert values_page.PAGE.read_text(encoding="utf-8") == values_page.page()
+
+
+def test_the_page_names_every_value() -> None:
+    named = set(re.findall(r"^\| \*{0,2}`([^`]+)`", values_page.page(), re.MULTILINE))
+    for path, _ in all_values():  # a mapping of free keys, or one that is described elsewhere, is named as a whole
+        assert any(".".join(path[:end]) in named for end in range(2, len(path) + 1)), path
+    assert len(named) > 150
 
 
 @pytest.mark.parametrize("values", charts.values_files(), ids=lambda p: p.parent.name)

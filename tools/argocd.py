@@ -56,6 +56,8 @@ class Site:
     """The registry speaks HTTP without TLS (a registry on the node)."""
     images: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """global.images of images built on the spot, for environments whose release.yaml names none: {trainer: {repository, digest}}."""
+    privileged: Sequence[str] = ()
+    """Environments whose namespace is not held to Pod Security `restricted` (global.podSecurity.level: privileged)."""
     server: str = "https://kubernetes.default.svc"
     """Address of the cluster's API, as Argo CD reaches it."""
     name: str = "in-cluster"
@@ -70,6 +72,9 @@ class Site:
             if twice := [o for o in self.environments if o is not one and fnmatch.fnmatchcase(one, o)]:
                 raise OperatorError(f"The environments {list(self.environments)} are not usable: {one} is also one of {twice[0]}, and an "
                                     f"environment that is found twice stops the ApplicationSet. Leave one of the two out.")
+        if unknown := [e for e in self.privileged if not deployed(",".join(self.environments), e)]:
+            raise OperatorError(f"The privileged environments {unknown} are not usable: the cluster deploys {list(self.environments)}. "
+                                f"Name folders of environments/ that are among them.")
 
 
 def read_manifests(path: Path) -> list[Manifest]:
@@ -90,6 +95,8 @@ def cluster_secret(site: Site) -> Manifest:
     """The cluster's Secret with the annotations that the ApplicationSet reads."""
     annotations = {"environments": ",".join(site.environments), "git-url": site.git_url, "git-revision": site.git_revision,
                    "chart-url": site.chart_url}
+    if site.privileged:
+        annotations["privileged"] = ",".join(site.privileged)
     if site.images:
         annotations["images"] = json.dumps(site.images, sort_keys=True)
     return {
@@ -237,6 +244,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--chart-url", required=True, help="oci://<registry>/<path>/llm-finetune")
     parser.add_argument("--environments", required=True, help="comma-separated folders of environments/ on this cluster, "
                         "or patterns of them (team-*)")
+    parser.add_argument("--privileged", default="", help="comma-separated ones of them whose namespace needs Pod Security privileged "
+                        "(host network, host paths, IPC_LOCK)")
     parser.add_argument("--plain-http", action="store_true", help="the registry speaks HTTP without TLS")
     parser.add_argument("--server", default=Site.server, help="address of the cluster's API (default: the one Argo CD runs in)")
     parser.add_argument("--name", default=Site.name, help="the cluster's name in Argo CD")
@@ -246,6 +255,6 @@ def add_parser(commands: Any) -> None:
 def _print_site(arguments: argparse.Namespace) -> int:
     site = Site(git_url=arguments.git_url, git_revision=arguments.git_revision, chart_url=arguments.chart_url,
                 environments=[e.strip() for e in arguments.environments.split(",")], plain_http=arguments.plain_http,
-                server=arguments.server, name=arguments.name)
+                privileged=[e.strip() for e in arguments.privileged.split(",") if e.strip()], server=arguments.server, name=arguments.name)
     write([*read_manifests(ARGOCD / "argocd-cm.yaml"), *site_manifests(site)], sys.stdout)
     return 0

@@ -196,13 +196,11 @@ def test_rights_are_part_of_upstreams() -> None:
 
 
 def test_network_policies_cover_every_pod(site: Values) -> None:
-    """A pod that no policy selects is open to everybody. The device plugin talks to nobody over the network and has no port."""
+    """A pod that no policy selects is open to everybody."""
     manifests = render(site)
     policies = [m for m in manifests if m["kind"] == "NetworkPolicy"]
     for manifest in manifests:
         for place, template in pod_templates(manifest):
-            if "device-plugin" in manifest["metadata"]["name"]:
-                continue
             labels = dict(template["metadata"]["labels"])
             if manifest["kind"] == "RayCluster" or place not in ("submitter", manifest["kind"]):
                 labels["ray.io/is-ray-node"] = "yes"  # set by KubeRay

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +172,7 @@ def test_site_of_the_example() -> None:
 
 @pytest.mark.parametrize(("field", "value"), [("chart_url", "registry.example.com/charts/llm-finetune"), ("chart_url", "oci://r/charts"),
                                               ("environments", []), ("environments", ["dev,staging"]),
-                                              ("environments", ["local", "local*"])])
+                                              ("environments", ["local", "local*"]), ("privileged", ["elsewhere"])])
 def test_site_is_checked(field: str, value: Any) -> None:
     with pytest.raises(OperatorError, match="not usable"):
         argocd.Site(**{**SITE.__dict__, field: value})
@@ -185,8 +186,9 @@ def test_environments_of_a_cluster(environment: str, expected: bool) -> None:
 
 def test_application_set_reads_what_the_site_writes() -> None:
     text = (argocd.ARGOCD / "applicationset.yaml").read_text(encoding="utf-8")
-    images = argocd.Site(**{**SITE.__dict__, "images": {"trainer": {"repository": "r/trainer", "digest": "sha256:" + "0" * 64}}})
-    written = set(argocd.cluster_secret(images)["metadata"]["annotations"])
+    whole = argocd.Site(**{**SITE.__dict__, "images": {"trainer": {"repository": "r/trainer", "digest": "sha256:" + "0" * 64}},
+                           "privileged": SITE.environments[:1]})
+    written = set(argocd.cluster_secret(whole)["metadata"]["annotations"])
     assert set(re.findall(r'annotations "(llm-finetune/[a-z-]+)"', text)) == written
     template = yaml.safe_load(text)["spec"]["template"]["spec"]
     assert template["destination"]["namespace"] == environments.namespace("{{ .path.basename }}")
@@ -195,6 +197,30 @@ def test_application_set_reads_what_the_site_writes() -> None:
     files = [f.removeprefix("$values/environments/{{ .path.basename }}/") for f in chart["helm"]["valueFiles"]]
     assert tuple(files) == environments.ORDER
     assert chart["helm"]["releaseName"] == environments.RELEASE_NAME
+
+
+def test_namespaces_are_restricted_unless_the_cluster_says_otherwise() -> None:
+    """A values file alone gets no host network: the label comes from whoever owns the cluster."""
+    labels = argocd.read_manifests(argocd.ARGOCD / "applicationset.yaml")[0]["spec"]["template"]["spec"]["syncPolicy"][
+        "managedNamespaceMetadata"]["labels"]
+    (text,) = labels.values()
+    assert list(labels) == ["pod-security.kubernetes.io/enforce"] and "site.yaml" not in text
+    chart = {"apiVersion": "v2", "name": "label", "version": "0.1.0"}
+    template = text.replace("{{ ", "{{ with .Values }}{{ ", 1) + "{{ end }}"
+    for of_cluster, expected in (({}, "restricted"), ({"llm-finetune/privileged": "dev,lab"}, "privileged"),
+                                 ({"llm-finetune/privileged": "devel,lab"}, "restricted")):
+        assert rendered(chart, template, {"path": {"basename": "dev"}, "metadata": {"annotations": of_cluster}}) == expected
+
+
+def rendered(chart: dict[str, Any], template: str, values: dict[str, Any]) -> str:
+    """A Go template with sprig, as the ApplicationSet controller has them, through helm."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "templates").mkdir()
+        (Path(folder) / "Chart.yaml").write_text(yaml.safe_dump(chart))
+        (Path(folder) / "templates/label.yaml").write_text(f"answer: {template}")
+        done = subprocess.run([environments.helm_binary(), "template", folder, "--values", "-"], input=yaml.safe_dump(values),
+                              capture_output=True, text=True, check=True)
+    return str(yaml.safe_load(done.stdout)["answer"])
 
 
 def rendered_kinds() -> set[tuple[str, str]]:

@@ -21,6 +21,8 @@ from typing import Any
 os.environ.setdefault("RAY_DASHBOARD_STARTUP_TIMEOUT_S", "300")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_COLOR_PREFIX", "0")
+# By itself Ray starts a task again without an end that its node has no memory for.
+os.environ.setdefault("RAY_task_oom_retries", "3")
 
 import ray
 import ray.train
@@ -209,6 +211,11 @@ def prepare(config: Config) -> None:
         if isinstance(error.cause, UserError):
             raise UserError(str(error.cause)) from None
         raise
+    except (ray.exceptions.OutOfMemoryError, ray.exceptions.WorkerCrashedError) as error:
+        why = "its node ran out of memory" if isinstance(error, ray.exceptions.OutOfMemoryError) else (
+            "it ended without a word; its pod may lack memory (kubectl describe pod says OOMKilled)")
+        raise UserError(f"The dataset could not be prepared, also not when tried again: {why}. Raise the worker's memory, or give the run "
+                        "a smaller dataset (run.data.max_rows).") from None
 
 
 def _prepare(document: dict[str, Any]) -> None:

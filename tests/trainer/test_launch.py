@@ -124,6 +124,28 @@ def test_a_containers_memory_in_both_versions_of_cgroups(tmp_path, files, limit,
     assert (found.limit, found.killed) == (limit, killed)
 
 
+@pytest.mark.parametrize(("error", "says"), [(ray.exceptions.OutOfMemoryError("x"), "ran out of memory"),
+                                             (ray.exceptions.WorkerCrashedError(), "OOMKilled")])
+def test_a_preparation_without_memory_ends_with_the_remedy(monkeypatch, tmp_path, error, says):
+    def fails(_):
+        raise error
+
+    class Task:
+        def options(self, **_):
+            return self
+
+        def remote(self, _):
+            return None
+
+    monkeypatch.setattr(launch.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 1.0}}])
+    monkeypatch.setattr(launch.ray, "remote", lambda _: Task())
+    monkeypatch.setattr(launch.ray, "get", fails)
+    document = {"storage": str(tmp_path), "run": {"name": "x", "model": {"path": "m"}, "data": {"sample": True}}}
+    with pytest.raises(UserError, match=says):
+        launch.prepare(configuration.parse(document))
+    assert launch.os.environ["RAY_task_oom_retries"] == "3"
+
+
 def test_preemption_does_not_count():
     policy = failures.FailurePolicy(ray.train.FailureConfig(max_failures=1))
     for _ in range(5):

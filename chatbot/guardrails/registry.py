@@ -15,8 +15,9 @@ from chatbot.guardrails.base import Check
 from chatbot.guardrails.patterns import PatternCheck, Settings, rule_files
 
 ORDER = ("rate", "length", "unicode", "crisis", "emergency", "injection", "unsafe", "referral", "personal-data", "repetition", "gibberish",
-         "safety-model")
-"""Limits first (cheap), then what a person in need must get, then what is refused, then redaction of what goes on."""
+         "safety-model", "nemo")
+"""Limits first (cheap), then what a person in need must get, then what is refused, then redaction of what goes on, then
+what is asked elsewhere."""
 
 BUILT_IN: dict[str, tuple[type, type]] = {
     "rate": (plain.RateCheck, plain.RateSettings),
@@ -26,6 +27,7 @@ BUILT_IN: dict[str, tuple[type, type]] = {
     "repetition": (answer.RepetitionCheck, answer.RepetitionSettings),
     "gibberish": (answer.GibberishCheck, answer.GibberishSettings),
     "safety-model": (remote.SafetyModelCheck, remote.SafetyModelSettings),
+    "nemo": (remote.NemoCheck, remote.NemoSettings),
 }
 """Checks made of code: class and settings. The others are made of patterns (rules/*.yaml)."""
 

@@ -141,4 +141,5 @@ def main(url: str, shots: Path, password: str) -> None:
     print(json.dumps(seen))
 
 
-main(sys.argv[1], Path(sys.argv[2]), sys.argv[3])
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import inspect
 import json
@@ -13,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -175,13 +177,15 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def browse(folder: Path, config: dict[str, Any], driver: str, *arguments: Any, timeout_s: float) -> dict[str, Any]:
-    """Serve with a configuration (a port and a temporary folder are added), and run a driver of this folder as `driver URL arguments`.
+@contextlib.contextmanager
+def serving(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """The chatbot as a process of its own, ready: (its URL, the process). A port and a temporary folder are added to the configuration.
 
-    Returns what it saw, which it prints as JSON. The server must end in order.
+    It writes `folder`/log, and must end in order.
     """
     port, root, log_file = free_port(), Path(__file__).parents[2], folder / "log"
-    (folder / "config.yaml").write_text(yaml.safe_dump({**config, "server": {"port": port, "temporary": str(folder / "tmp")}}))
+    document = {**config, "server": {**config.get("server", {}), "port": port, "temporary": str(folder / "tmp")}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(document))
     with log_file.open("w") as log:
         server = subprocess.Popen([sys.executable, "-m", "chatbot", "serve", "--config", str(folder / "config.yaml")], cwd=root,
                                   env={**os.environ, "PYTHONPATH": str(root)}, stdout=log, stderr=log)
@@ -194,10 +198,16 @@ def browse(folder: Path, config: dict[str, Any], driver: str, *arguments: Any, t
                         break
                 except httpx.HTTPError:
                     time.sleep(0.3)
-            done = subprocess.run([TOOLS, Path(__file__).with_name(driver), url, *arguments], capture_output=True, text=True,
-                                  timeout=timeout_s)
-            assert done.returncode == 0, done.stderr + log_file.read_text()
+            yield url, server
         finally:
             server.send_signal(signal.SIGTERM)
             assert server.wait(60) == -signal.SIGTERM  # uvicorn ends in order, then lets the signal have its way
+
+
+def browse(folder: Path, config: dict[str, Any], driver: str, *arguments: Any, timeout_s: float) -> dict[str, Any]:
+    """Serve with a configuration, and run a driver of this folder as `driver URL arguments`; returns what it saw (it prints JSON)."""
+    with serving(folder, config) as (url, _):
+        done = subprocess.run([TOOLS, Path(__file__).with_name(driver), url, *arguments], capture_output=True, text=True,
+                              timeout=timeout_s)
+        assert done.returncode == 0, done.stderr + (folder / "log").read_text()
     return dict(json.loads(done.stdout))

@@ -100,7 +100,7 @@ class EngineConfig:
     context: int = 2048
     """Most tokens of prompt and answer together (bounded by the model's own limit). Decides the cache's memory."""
     prefill: int = 0
-    """Prompt tokens read in one go, between two tokens of the running answers (0: 256 on a CPU, 2048 on a GPU)."""
+    """Prompt tokens read in one step, beside one token of each running answer (0: 256 on a CPU, 2048 on a GPU)."""
     threads: int = 0
     """CPU threads of the arithmetic (0: the cores that this process may use)."""
     graphs: bool = True

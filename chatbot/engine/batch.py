@@ -1,7 +1,8 @@
 """Continuous batching of one model: answers join and leave between two steps.
 
-One step of `Batch.advance` reads a part of one waiting prompt (so that a long prompt holds running answers up only briefly) and then
-decodes one token of every running answer in one forward pass. Everything here runs in the scheduler's thread.
+One step of `Batch.advance` is one forward pass: it reads waiting prompts, up to a number of tokens (so that a long prompt holds running
+answers up only briefly), and decodes one token of every running answer. The weights are fetched from memory once for all of them, which
+is what a decoding step's time is spent on. Everything here runs in the scheduler's thread.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from typing import Any
 import torch
 
 from chatbot.engine.base import End
-from chatbot.engine.cache import Cache, decoding_view, prompt_view
+from chatbot.engine.cache import Cache, Part, View, part_of, view_of
 from chatbot.engine.graphs import DecodeGraphs
 from chatbot.engine.sampling import draw_rows
 
 CPU_PREFILL, GPU_PREFILL = 256, 2048
-"""Prompt tokens read in one go, if the configuration does not say."""
+"""Prompt tokens read in one step, if the configuration does not say."""
 
 
 @dataclass(eq=False)
@@ -90,8 +91,7 @@ class Batch:
         """One step. An error of the model ends every answer with it and leaves the batch empty and usable."""
         try:
             self._drop_cancelled()
-            self._read_prompt()
-            self._decode()
+            self._step()
         except Exception as error:
             self.fail(error)
             if not isinstance(error, torch.OutOfMemoryError):
@@ -126,41 +126,57 @@ class Batch:
                 self.rows[last] = reading
         self.rows.pop()
 
-    def _forward(self, tokens: list[int], row: int, start: int, keep: int) -> torch.Tensor:
-        """Feed consecutive tokens of one row; logits [keep, vocabulary] of the last `keep`."""
-        ids = torch.tensor([tokens], device=self.device)
-        positions = torch.arange(start, start + len(tokens), device=self.device)[None]
-        view = prompt_view(self.cache, row, start, len(tokens), self.device)
-        return self.model(input_ids=ids, position_ids=positions, use_cache=False, view=view, logits_to_keep=keep).logits[0]
+    def _next_parts(self) -> list[tuple[Answer, list[int]]]:
+        """What is read of prompts in this step: the one begun before, then those that wait while there is room."""
+        parts: list[tuple[Answer, list[int]]] = []
+        room, answer = self.prefill, self.reading
+        while room:
+            if answer is None:
+                if not self.waiting or len(self.rows) == self.cache.rows:
+                    break
+                answer = self.waiting.popleft()
+                answer.started = time.monotonic()
+                self.rows.append(answer)
+            part = answer.prompt[answer.read:answer.read + room]
+            parts.append((answer, part))
+            room -= len(part)
+            answer = None
+        return parts
 
-    def _read_prompt(self) -> None:
-        answer = self.reading
-        if answer is None:
-            if not self.waiting or len(self.rows) == self.cache.rows:
-                return
-            answer = self.waiting.popleft()
-            answer.started = time.monotonic()
-            self.rows.append(answer)
-        part = answer.prompt[answer.read:answer.read + self.prefill]
-        logits = self._forward(part, len(self.rows) - 1, answer.read, 1)
-        answer.read += len(part)
-        if answer.read == len(answer.prompt):
-            token = draw_rows(logits, [(answer.temperature, answer.top_p, answer.generator)])[0]
-            answer.first = time.monotonic()
-            self._take(answer, token)
+    def _forward(self, parts: tuple[Part, ...], part_tokens: list[int], tokens: list[int], positions: list[int],
+                 keep: list[int]) -> torch.Tensor:
+        """Feed the tokens of `parts`, and one token of each of the first rows; logits [len(keep), vocabulary] of the fed tokens `keep`."""
+        at = torch.tensor(positions, dtype=torch.int64, device=self.device)
+        before = [torch.arange(p.start, p.end, device=self.device) for p in parts]
+        view = view_of(self.cache, parts, self._row_ids[:len(tokens)], at, max(positions) + 1) if tokens else View(self.cache, parts)
+        out = self.model(input_ids=torch.tensor([part_tokens + tokens], device=self.device), position_ids=torch.cat([*before, at])[None],
+                         use_cache=False, view=view, logits_to_keep=torch.tensor(keep, dtype=torch.int64, device=self.device))
+        return out.logits[0]
 
-    def _decode(self) -> None:
-        answers = self.rows[:-1] if self.reading else self.rows[:]
-        if not answers:
+    def _step(self) -> None:
+        decoding = self.rows[:-1] if self.reading else self.rows[:]
+        reading = self._next_parts()
+        tokens, positions = [a.tokens[-1] for a in decoding], [a.position for a in decoding]
+        if self.graphs and decoding and not reading:
+            self._draw(decoding, self.graphs.run(tokens, positions))
             return
-        tokens, positions = [a.tokens[-1] for a in answers], [a.position for a in answers]
-        if self.graphs:
-            logits = self.graphs.run(tokens, positions)
-        else:
-            ids = torch.tensor(tokens, device=self.device)[:, None]
-            places = torch.tensor(positions, device=self.device)
-            view = decoding_view(self.cache, self._row_ids[:len(answers)], places, max(positions) + 1)
-            logits = self.model(input_ids=ids, position_ids=places[:, None], use_cache=False, view=view).logits[:, -1]
+        if not decoding and not reading:
+            return
+        parts, part_tokens, keep, read = [], [], [], []
+        for row, (answer, part) in enumerate(reading, len(self.rows) - len(reading)):
+            parts.append(part_of(row, answer.read, len(part), self.device))
+            part_tokens += part
+            if answer.read + len(part) == len(answer.prompt):
+                read.append(answer)
+                keep.append(len(part_tokens) - 1)
+        keep += range(len(part_tokens), len(part_tokens) + len(tokens))
+        logits = self._forward(tuple(parts), part_tokens, tokens, positions, keep)
+        for answer, part in reading:
+            answer.read += len(part)
+        self._draw(read + decoding, logits)
+
+    def _draw(self, answers: list[Answer], logits: torch.Tensor) -> None:
+        """The next token of each answer from its row of logits."""
         drawn = draw_rows(logits, [(a.temperature, a.top_p, a.generator) for a in answers])
         for answer, token in zip(answers, drawn, strict=True):
             self._take(answer, token)
@@ -169,6 +185,7 @@ class Batch:
         """Add a drawn token; an answer that ends leaves its row."""
         answer.tokens.append(token)
         answer.last = time.monotonic()
+        answer.first = answer.first or answer.last
         if token not in answer.ends:
             answer.on_token(token)
         if answer.ended:
@@ -176,6 +193,11 @@ class Batch:
             self._remove(answer)
             answer.on_end(End("stop" if token in answer.ends else "length", len(answer.prompt), len(answer.tokens),
                               answer.started - answer.asked, answer.first - answer.asked, answer.last - answer.asked, decision))
+
+    def _feed(self, tokens: list[int], row: int, start: int, keep: int) -> torch.Tensor:
+        """Feed consecutive tokens of one row; logits [keep, vocabulary] of the last `keep`."""
+        part = part_of(row, start, len(tokens), self.device)
+        return self._forward((part,), tokens, [], [], list(range(len(tokens) - keep, len(tokens))))
 
     def _decide(self, answer: Answer) -> dict[str, float]:
         """Probability of each decision word after the answer, from the same cache: only the decision's own tokens are fed."""
@@ -191,13 +213,13 @@ class Batch:
         row, start = self.rows.index(answer), len(answer.prompt) + kept
         # The last token before the continuation is fed again: its logits are those of the first continuation token.
         before = (answer.prompt + answer.tokens[:kept])[-1]
-        head = self._forward([before, *continuations[0][:common]], row, start - 1, 1)[-1].log_softmax(-1)
+        head = self._feed([before, *continuations[0][:common]], row, start - 1, 1)[-1].log_softmax(-1)
         scores = []
         for continuation in continuations:
             tail = continuation[common:]
             score = head[tail[0]]
             if len(tail) > 1:
-                logits = self._forward(tail[:-1], row, start + common, len(tail) - 1).log_softmax(-1)
+                logits = self._feed(tail[:-1], row, start + common, len(tail) - 1).log_softmax(-1)
                 score = score + logits[torch.arange(len(tail) - 1), tail[1:]].sum()
             scores.append(score)
         return dict(zip(answer.words, torch.stack(scores).softmax(0).tolist(), strict=True))

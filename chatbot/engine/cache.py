@@ -51,66 +51,91 @@ class Cache:
         return sum(block.nbytes for block in (*self.keys, *self.values))
 
 
-@dataclass
+@dataclass(frozen=True)
+class Part:
+    """Consecutive tokens of one row: a prompt, or some of it."""
+
+    row: int
+    start: int
+    """Position of the first token."""
+    tokens: int
+    mask: torch.Tensor | None
+    """True where a query sees a key, [1, 1, tokens, start + tokens]; None at the beginning of a row, where it is causal."""
+
+    @property
+    def end(self) -> int:
+        return self.start + self.tokens
+
+
+@dataclass(frozen=True)
 class View:
-    """Where the tokens of one forward pass belong."""
+    """Where the tokens of one forward pass belong: first those of `parts`, then one for each of the decoding rows 0..n-1."""
 
     cache: Cache
-    row: int | None
-    """Reading a prompt: the row; its tokens are consecutive. Decoding: None; token i belongs to row i."""
-    start: int
-    """Reading a prompt: position of the first token."""
-    length: int
-    """Positions that are read: 0..length-1."""
+    parts: tuple[Part, ...]
+    length: int = 0
+    """Decoding: positions that are read, 0..length-1."""
     rows: torch.Tensor | None = None
-    """Decoding: 0..n-1, int64 [n]."""
+    """Decoding: 0..n-1, int64 [n]; None if no row decodes."""
     positions: torch.Tensor | None = None
     """Decoding: position of each row's token, int64 [n]."""
     mask: torch.Tensor | None = None
-    """True where a query sees a key. Decoding: [n, 1, 1, length]; a prompt's later part: [1, 1, tokens, length]."""
+    """Decoding: true where a query sees a key, [n, 1, 1, length]."""
 
 
-def decoding_view(cache: Cache, rows: torch.Tensor, positions: torch.Tensor, length: int) -> View:
-    """One token for each of rows 0..n-1; `length` must exceed every position that counts."""
-    mask = (torch.arange(length, device=positions.device)[None] <= positions[:, None])[:, None, None]
-    return View(cache, None, 0, length, rows, positions, mask)
-
-
-def prompt_view(cache: Cache, row: int, start: int, tokens: int, device: torch.device) -> View:
-    """`tokens` consecutive tokens of one row, from position `start` on."""
+def part_of(row: int, start: int, tokens: int, device: torch.device) -> Part:
+    """`tokens` consecutive tokens of a row, from position `start` on."""
     mask = None
     if start:
         queries = torch.arange(start, start + tokens, device=device)[:, None]
         mask = (torch.arange(start + tokens, device=device)[None] <= queries)[None, None]
-    return View(cache, row, start, start + tokens, mask=mask)
+    return Part(row, start, tokens, mask)
+
+
+def view_of(cache: Cache, parts: tuple[Part, ...], rows: torch.Tensor, positions: torch.Tensor, length: int) -> View:
+    """Parts of prompts and a token of each decoding row; `length` must exceed every position that counts."""
+    mask = (torch.arange(length, device=positions.device)[None] <= positions[:, None])[:, None, None]
+    return View(cache, parts, length, rows, positions, mask)
+
+
+def _attend_part(view: View, part: Part, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+                 scaling: float) -> torch.Tensor:
+    """A prompt's part. query: [heads, tokens, head_dim], key and value: [kv_heads, tokens, head_dim]; returns query's shape."""
+    keys, values = view.cache.keys[layer][part.row, :, :part.end], view.cache.values[layer][part.row, :, :part.end]
+    keys[:, part.start:], values[:, part.start:] = key, value
+    if len(query) != len(keys):
+        keys, values = (block.repeat_interleave(len(query) // len(keys), 0) for block in (keys, values))
+    return functional.scaled_dot_product_attention(query[None], keys[None], values[None], attn_mask=part.mask,
+                                                   is_causal=part.mask is None, scale=scaling)[0]
+
+
+def _attend_rows(view: View, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
+    """The decoding rows. query: [heads, n, head_dim], key and value: [kv_heads, n, head_dim]; returns query's shape."""
+    keys, values = view.cache.keys[layer], view.cache.values[layer]
+    heads, n, size = query.shape
+    keys[view.rows, :, view.positions] = key.transpose(0, 1)
+    values[view.rows, :, view.positions] = value.transpose(0, 1)
+    # The query heads that share a key head are laid along the query axis: no key is repeated in memory.
+    grouped = query.transpose(0, 1).reshape(n, keys.shape[1], heads // keys.shape[1], size)
+    out = functional.scaled_dot_product_attention(grouped, keys[:n, :, :view.length], values[:n, :, :view.length],
+                                                  attn_mask=view.mask, scale=scaling)
+    return out.reshape(n, heads, size).transpose(0, 1)
 
 
 def attend(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, *, scaling: float,
            view: View, **_: Any) -> tuple[torch.Tensor, None]:
-    """Attention layer: writes key and value [n, kv_heads, tokens, head_dim] into the cache, reads what `view` says.
+    """Attention layer: writes key and value [1, kv_heads, tokens, head_dim] into the cache, reads what `view` says.
 
-    query: [n, heads, tokens, head_dim]. Returns [n, tokens, heads, head_dim], as transformers expects.
+    query: [1, heads, tokens, head_dim]. Returns [1, tokens, heads, head_dim], as transformers expects.
     """
-    keys, values = view.cache.keys[module.layer_idx], view.cache.values[module.layer_idx]
-    n, heads, _, size = query.shape
-    kv_heads = keys.shape[1]
-    if view.row is None:
-        keys[view.rows, :, view.positions] = key[:, :, 0]
-        values[view.rows, :, view.positions] = value[:, :, 0]
-        # The query heads that share a key head are laid along the query axis: no key is repeated in memory.
-        grouped = query.reshape(n, kv_heads, heads // kv_heads, size)
-        out = functional.scaled_dot_product_attention(grouped, keys[:n, :, :view.length], values[:n, :, :view.length],
-                                                      attn_mask=view.mask, scale=scaling)
-        return out.reshape(n, 1, heads, size), None
-    keys[view.row, :, view.start:view.length] = key[0]
-    values[view.row, :, view.start:view.length] = value[0]
-    past_keys, past_values = keys[None, view.row, :, :view.length], values[None, view.row, :, :view.length]
-    if heads != kv_heads:
-        past_keys = past_keys.repeat_interleave(heads // kv_heads, 1)
-        past_values = past_values.repeat_interleave(heads // kv_heads, 1)
-    out = functional.scaled_dot_product_attention(query, past_keys, past_values, attn_mask=view.mask, is_causal=view.mask is None,
-                                                  scale=scaling)
-    return out.transpose(1, 2), None
+    outs, at = [], 0
+    for part in view.parts:
+        outs.append(_attend_part(view, part, module.layer_idx, *(x[0, :, at:at + part.tokens] for x in (query, key, value)), scaling))
+        at += part.tokens
+    if view.rows is not None:
+        outs.append(_attend_rows(view, module.layer_idx, *(x[0, :, at:] for x in (query, key, value)), scaling))
+    out = outs[0] if len(outs) == 1 else torch.cat(outs, 1)
+    return out.transpose(0, 1)[None], None
 
 
 AttentionInterface.register(IMPLEMENTATION, attend)

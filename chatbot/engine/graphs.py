@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from chatbot.engine.cache import Cache, decoding_view
+from chatbot.engine.cache import Cache, view_of
 
 LENGTH_STEP = 512
 """Granularity of the attention's length: it reads up to this many positions too many, and saves as many graphs."""
@@ -29,9 +29,8 @@ class DecodeGraphs:
         self.pool: Any = None
 
     def _step(self, rows: int, length: int) -> torch.Tensor:
-        view = decoding_view(self.cache, self.row_ids[:rows], self.positions[:rows], length)
-        out = self.model(input_ids=self.ids[:rows, None], position_ids=self.positions[:rows, None], use_cache=False, view=view)
-        return out.logits[:, -1]
+        view = view_of(self.cache, (), self.row_ids[:rows], self.positions[:rows], length)
+        return self.model(input_ids=self.ids[None, :rows], position_ids=self.positions[None, :rows], use_cache=False, view=view).logits[0]
 
     def _record(self, rows: int, length: int) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
         stream = torch.cuda.Stream()

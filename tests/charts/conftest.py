@@ -138,6 +138,8 @@ SITES: dict[str, Values] = {
                                 "annotations": {"a": "b"}},
                     "networkPolicy": {"ingressNamespaces": ["ingress-nginx"]}},
     }),
+    "vLLM": join(CHATBOT, GPU, {"chatbot": {"vllm": {"enabled": True, "gpus": 4, "image": {"tag": "v1"}},
+                                            "config": {"engine": {"streams": 32, "context": 4096}}}}),
     "clusters of their own": join(JOB, GPU, {
         "global": {"rayCluster": {"standing": False}},
         "nfs-provisioner": {"mode": "external", "external": {"server": "nfs.example.org", "path": "/export"}},

@@ -13,7 +13,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from tests.charts.conftest import LOADER, NAMESPACE, RELEASE, SITES, Manifest, Values, one, pod_templates, render
+from tests.charts.conftest import LOADER, NAMESPACE, RELEASE, SITES, Manifest, Values, join, one, pod_templates, render
 from tools import charts, diff, environments
 
 RECOMMENDED = ["name", "instance", "version", "component", "part-of", "managed-by"]
@@ -80,7 +80,8 @@ def test_ray_objects_fit_the_crds() -> None:
             kinds.append(manifest["kind"])
             errors = list(jsonschema.Draft202012Validator(crd(manifest["kind"])).iter_errors(manifest))
             assert not errors, f"{name}: {[(list(e.path), e.message) for e in errors[:3]]}"
-    assert kinds.count("RayCluster") == kinds.count("RayJob") == 4 + 2 + len(environments.examples())
+    others = 2 + len(environments.examples())
+    assert (kinds.count("RayCluster"), kinds.count("RayJob")) == (5 + others, 4 + others)
 
 
 def test_the_crd_check_finds_an_unknown_field() -> None:
@@ -246,3 +247,26 @@ def test_images_by_digest() -> None:
     images = {c["image"] for m in render(values) for _, t in pod_templates(m)
               for c in [*t["spec"].get("initContainers", []), *t["spec"]["containers"]]}
     assert images == {f"r.example.org/{name}@{digest}" for name in names}
+
+
+def test_vllm_serves_the_run_that_the_chatbot_names() -> None:
+    """The chatbot's engine is the server's Service; nobody else reaches it; another run is another server beside the first."""
+    manifests = render(SITES["vLLM"])
+    name, run = "site-chatbot-vllm-0a1b2c3d4e", "pubmedqa-0a1b2c3d4e"
+    config = yaml.safe_load(one(manifests, "ConfigMap", "site-chatbot")["data"]["chatbot.yaml"])
+    assert config["engine"] == {"kind": "openai", "url": f"http://{name}:8000/v1", "model": run, "streams": 32, "context": 4096}
+    (container,) = one(manifests, "Deployment", name)["spec"]["template"]["spec"]["containers"]
+    assert container["command"] == ["vllm", "serve", f"/storage/runs/{run}/model"]
+    assert {f"--served-model-name={run}", "--tensor-parallel-size=4", "--max-model-len=4096", "--max-num-seqs=32"} <= set(container["args"])
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == 4
+    (chatbot,) = one(manifests, "Deployment", "site-chatbot")["spec"]["template"]["spec"]["containers"]
+    assert "nvidia.com/gpu" not in chatbot["resources"]["limits"]
+    policy = one(manifests, "NetworkPolicy", name)["spec"]
+    (rule,) = policy["ingress"]
+    assert rule["from"] == [{"podSelector": {"matchLabels": one(manifests, "Service", "site-chatbot")["spec"]["selector"]}}]
+    assert policy["egress"] == []
+    selector = one(manifests, "Service", name)["spec"]["selector"]
+    assert any(rule.get("to") == [{"podSelector": {"matchLabels": selector}}]
+               for rule in one(manifests, "NetworkPolicy", "site-chatbot")["spec"]["egress"])
+    other = render(join(SITES["vLLM"], {"chatbot": {"config": {"serve": {"run": "pubmedqa-ffffffffff"}}}}))
+    assert one(other, "Service", "site-chatbot-vllm-ffffffffff")["spec"]["selector"] != selector

@@ -34,6 +34,7 @@ def chat(config: dict[str, Any] | None = None, **values: Any) -> Values:
     return join(CHATBOT, {"chatbot": {**({"config": config} if config else {}), **values}})
 
 
+VLLM = {"enabled": True, "image": {"tag": "v1"}}
 PLUGIN: Values = {"nvidia-device-plugin": {"enabled": True, "namespace": "gpu"}}
 
 REFUSED: dict[str, tuple[Values, list[str]]] = {
@@ -141,6 +142,14 @@ REFUSED: dict[str, tuple[Values, list[str]]] = {
     "chatbot without a run": ({"chatbot": {"enabled": True}}, ["chatbot.config.serve.run is empty", "follow: latest"]),
     "run and follow": (chat({"serve": {"follow": "latest"}}), ["chatbot.config.serve.follow: latest", "follow: none"]),
     "chatbot GPUs without a GPU site": (chat(gpus=1), ["chatbot.gpus is 1", "global.gpu.available: true"]),
+    "vLLM without a GPU site": (chat(vllm=VLLM), ["chatbot.vllm.enabled is true", "global.gpu.available: true"]),
+    "vLLM and GPUs of the chatbot": (join(GPU, chat(vllm=VLLM, gpus=1)), ["chatbot.gpus is 1", "chatbot.gpus: 0"]),
+    "vLLM that follows": (join(GPU, {"chatbot": {"enabled": True, "vllm": VLLM, "config": {"serve": {"follow": "latest"}}}}),
+                          ["chatbot.config.serve.follow is latest", "chatbot.config.serve.run"]),
+    "vLLM and the base model": (join(GPU, chat({"serve": {"base": True}}, vllm=VLLM)),
+                                ["chatbot.config.serve.base is true", "tuned model alone"]),
+    "vLLM and an engine": (join(GPU, chat({"engine": {"url": "http://x/v1"}}, vllm=VLLM)), ["chatbot.config.engine.url", "Leave it out"]),
+    "vLLM of no version": (join(GPU, chat(vllm={"enabled": True})), ["chatbot.vllm.image", "neither a tag nor a digest"]),
     "ingress without host": (chat(ingress={"enabled": True}), ["chatbot.ingress.host is empty"]),
     "node port without its type": (chat(service={"nodePort": 30786}), ["chatbot.service.nodePort is 30786", "type: NodePort"]),
     "bounds of the autoscaler": (chat(autoscaling={"enabled": True, "minReplicas": 5}),

@@ -2,6 +2,12 @@
 {{- define "chatbot.labels" -}}{{ include "llm-finetune.labels" (dict "root" . "component" "chatbot") }}{{- end }}
 {{- define "chatbot.selector" -}}{{ include "llm-finetune.selector" (dict "root" . "component" "chatbot") }}{{- end }}
 
+{{/* vLLM serves one run: its objects carry the run's hash, so that a promotion starts a second server beside the first. */}}
+{{- define "chatbot.vllm.component" -}}vllm-{{ .Values.config.serve.run | splitList "-" | last }}{{- end }}
+{{- define "chatbot.vllm.fullname" -}}{{ include "llm-finetune.fullname" (dict "root" . "suffix" (include "chatbot.vllm.component" .)) }}{{- end }}
+{{- define "chatbot.vllm.labels" -}}{{ include "llm-finetune.labels" (dict "root" . "component" (include "chatbot.vllm.component" .)) }}{{- end }}
+{{- define "chatbot.vllm.selector" -}}{{ include "llm-finetune.selector" (dict "root" . "component" (include "chatbot.vllm.component" .)) }}{{- end }}
+
 {{/* Seconds for running answers after SIGTERM. */}}
 {{- define "chatbot.shutdown" -}}{{ dig "server" "shutdown_seconds" 60 .Values.config | int }}{{- end }}
 
@@ -18,6 +24,10 @@
 {{- end -}}
 {{- $_ := set $config "storage" .Values.global.storage.mountPath -}}
 {{- $_ := set $config "server" (merge (dict "host" "0.0.0.0" "port" 7860 "temporary" "/tmp/chatbot" "shutdown_seconds" (include "chatbot.shutdown" . | int)) (default dict $config.server)) -}}
+{{- if .Values.vllm.enabled -}}
+{{- $url := printf "http://%s:8000/v1" (include "chatbot.vllm.fullname" .) -}}
+{{- $_ := set $config "engine" (merge (dict "kind" "openai" "url" $url "model" $config.serve.run) (default dict $config.engine)) -}}
+{{- end -}}
 {{- toYaml $config -}}
 {{- end }}
 
@@ -33,6 +43,28 @@
 {{- end -}}
 {{- if and (gt (int .Values.gpus) 0) (not .Values.global.gpu.available) -}}
 {{- fail (printf "chatbot.gpus is %d, but the site declares no GPUs. Set global.gpu.available: true if nodes offer %s, or gpus: 0." (int .Values.gpus) .Values.global.gpu.resourceName) -}}
+{{- end -}}
+{{- if .Values.vllm.enabled -}}
+{{- if not .Values.global.gpu.available -}}
+{{- fail (printf "chatbot.vllm.enabled is true, but the site declares no GPUs. Set global.gpu.available: true if nodes offer %s, or chatbot.vllm.enabled: false." .Values.global.gpu.resourceName) -}}
+{{- end -}}
+{{- if gt (int .Values.gpus) 0 -}}
+{{- fail (printf "chatbot.gpus is %d, but chatbot.vllm generates the answers. Set chatbot.gpus: 0." (int .Values.gpus)) -}}
+{{- end -}}
+{{- if eq $follow "latest" -}}
+{{- fail "chatbot.config.serve.follow is latest, but vLLM loads one run when it starts. Name the run in chatbot.config.serve.run, or set chatbot.vllm.enabled: false." -}}
+{{- end -}}
+{{- if $serve.base -}}
+{{- fail "chatbot.config.serve.base is true, but vLLM serves the tuned model alone. Set it to false, or chatbot.vllm.enabled: false." -}}
+{{- end -}}
+{{- range $key := list "kind" "url" "model" "base_model" -}}
+{{- if hasKey (default dict $.Values.config.engine) $key -}}
+{{- fail (printf "chatbot.config.engine.%s is set by the chart with chatbot.vllm.enabled: true. Leave it out." $key) -}}
+{{- end -}}
+{{- end -}}
+{{- if not (or .Values.vllm.image.tag .Values.vllm.image.digest) -}}
+{{- fail "chatbot.vllm.image has neither a tag nor a digest. Name the vLLM version that you have tried, by its digest if you can." -}}
+{{- end -}}
 {{- end -}}
 {{- if and .Values.ingress.enabled (not .Values.ingress.host) -}}
 {{- fail "chatbot.ingress.host is empty with chatbot.ingress.enabled: true. Name the host, for example chat.example.org." -}}

@@ -43,6 +43,18 @@ class RemoteModel:
         """Close the connections."""
         await self.client.aclose()
 
+    async def problem(self) -> str:
+        """Why the endpoint could not answer now; empty if it names the model."""
+        try:
+            names = [m["id"] for m in (await self._get("/models"))["data"]]
+        except UserError as error:
+            return str(error)
+        except (KeyError, TypeError):
+            return f"The endpoint {self.client.base_url} does not list its models."
+        if self.name and self.name not in names:
+            return f"The endpoint serves {', '.join(names) or 'no model'}, not {self.name}."
+        return ""
+
     async def _model(self) -> str:
         """The model's name at the endpoint; its only one if none is configured."""
         if not self.name:

@@ -1,7 +1,8 @@
 """Which model answers now: loads it, watches the storage, moves to a newer run without breaking running answers.
 
 Readiness means: a question asked now gets an answer. It goes when the served model's files vanish from the storage or the storage does
-not answer (they are mapped into memory, so a page that is not in memory any more could not be read), and comes back with them.
+not answer (they are mapped into memory, so a page that is not in memory any more could not be read), or when the endpoint that generates
+the answers does not answer; and comes back with them.
 """
 
 from __future__ import annotations
@@ -69,6 +70,8 @@ class Service:
         self.state = "starting"
         """What is going on, for people: on /readyz and on the page while nothing can be asked."""
         self.present = True
+        self.trouble = ""
+        """With `engine.kind: openai`: why the endpoint does not answer."""
         self.stopping = False
         self._scheduler = Scheduler() if config.engine.kind == "transformers" else None
         self._refused: tuple[str, str] | None = None
@@ -113,6 +116,8 @@ class Service:
             return False, f"the model of {self.current.run.id} has vanished from {self.current.run.model}"
         if self._asked is not None and (since := time.monotonic() - self._asked) > PATIENCE_S:
             return False, f"the storage has not answered for {since:.0f} s"
+        if self.trouble:
+            return False, self.trouble
         return True, f"serving {self.current.run.id}"
 
     @asynccontextmanager
@@ -146,6 +151,7 @@ class Service:
                 log.log(logging.INFO if present else logging.ERROR, "the model of %s %s", self.current.run.id,
                         "is there again" if present else "has vanished from the storage")
                 self.present = present
+            self._note(await self._trouble(self.current))
             if self.config.serve.follow == "none":
                 return
         try:
@@ -169,6 +175,18 @@ class Service:
         finally:
             self._asked = None
 
+    async def _trouble(self, served: Served) -> str:
+        """Why the endpoint of a remote engine does not answer; empty if it does, or the engine is in this process."""
+        for model in (served.tuned, served.base):
+            if isinstance(model, RemoteModel) and (trouble := await model.problem()):
+                return trouble
+        return ""
+
+    def _note(self, trouble: str) -> None:
+        if trouble != self.trouble:
+            log.log(logging.ERROR if trouble else logging.INFO, "%s", trouble or "the endpoint answers")
+            self.trouble = trouble
+
     async def _move(self, run: Run) -> None:
         """Load a run, then let it answer; what is running goes on with the old one."""
         log.info("loading %s (%s)", run.id, run.digest)
@@ -180,6 +198,7 @@ class Service:
             if self.current is None:
                 self.state = str(error)
             return
+        self._note(await self._trouble(served))
         old, self.current, self.present = self.current, served, True
         log.info("serving %s", run.id)
         if old:

@@ -31,6 +31,7 @@ class StandIn:
     def __init__(self) -> None:
         self.asked: list[tuple[str, dict[str, Any], str]] = []
         """(path, body, Authorization) of each request."""
+        self.names = ["tuned-elsewhere"]
         paths = {"/v1/chat/completions": self.guard, "/v1/checks": self.rails, "/v1/completions": self.complete}
         self.app = Starlette(routes=[Route(path, answer, methods=["POST"]) for path, answer in paths.items()]
                              + [Route("/v1/models", self.models)])
@@ -56,7 +57,7 @@ class StandIn:
         return JSONResponse({"status": status, "content": text.replace("quince", CHANGED), **rail}, 500 if "down" in text else 200)
 
     async def models(self, _: Request) -> Response:
-        return JSONResponse({"data": [{"id": "tuned-elsewhere"}]})
+        return JSONResponse({"data": [{"id": name} for name in self.names]})
 
     async def complete(self, request: Request) -> Response:
         """As vLLM streams: what stands behind `say:` in the question."""
@@ -77,9 +78,9 @@ class StandIn:
 
 
 @asynccontextmanager
-async def served(stand_in: StandIn) -> AsyncIterator[str]:
+async def served(stand_in: StandIn, port: int = 0) -> AsyncIterator[str]:
     """The stand-in on a loopback port; gives its base URL."""
-    port = free_port()
+    port = port or free_port()
     server = uvicorn.Server(uvicorn.Config(stand_in.app, host="127.0.0.1", port=port, log_level="warning", lifespan="off",
                                            timeout_graceful_shutdown=1))
     task = asyncio.create_task(server.serve())
@@ -123,6 +124,32 @@ async def test_the_engine_elsewhere(storage: Storage, tmp_path: Path) -> None:
     path, asked, key = stand_in.asked[0]
     assert path == "/v1/completions" and asked["model"] == "tuned-elsewhere" and key == "Bearer secret-key"
     assert asked["prompt"] == "### Question:\nDoes it help? say: It helped most of them\n\n### Answer:\n"
+
+
+async def test_ready_only_while_the_endpoint_answers(storage: Storage, tmp_path: Path) -> None:
+    """Not ready before the endpoint is there or while it serves another model; no question is taken then."""
+    storage.add("demo-0123456789")
+    port = free_port()
+    config = make_config(storage, tmp_path, engine={"kind": "openai", "url": f"http://127.0.0.1:{port}/v1", "model": "promoted"})
+
+    async def state(app: Running, words: str) -> int:
+        for _ in range(200):
+            reply = await app.client.get("/readyz")
+            if words in reply.json()["state"]:
+                return reply.status_code
+            await asyncio.sleep(0.05)
+        raise AssertionError(f"{words!r} was not said: {reply.text}")
+
+    stand_in = StandIn()
+    async with Running(config) as app:
+        assert await state(app, "does not answer") == 503
+        assert (await app.client.post("/ask", json={"question": "Why?"})).status_code == 503
+        async with served(stand_in, port):
+            assert await state(app, "serves tuned-elsewhere, not promoted") == 503
+            stand_in.names = ["promoted"]
+            assert await state(app, "serving demo-0123456789") == 200
+            assert (await ask(app, "Does it help? say: Yes"))["answer"] == " Yes"
+        assert await state(app, "does not answer") == 503
 
 
 @pytest.mark.parametrize("name, settings, path", [("safety-model", {"model": "llama-guard"}, "/v1/chat/completions"),

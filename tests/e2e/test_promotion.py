@@ -123,7 +123,8 @@ def make_storage(folder: Path, models: Path) -> None:
     """An empty storage with the base model (the same files, not copied)."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(models, folder / "models", copy_function=os.link)
-    (folder / "runs").mkdir()
+    for name in ("runs", "chatbot"):
+        (folder / name).mkdir()
     for path in (folder, *(p for p in folder.rglob("*") if p.is_dir())):
         os.chown(path, OWNER, OWNER)
 

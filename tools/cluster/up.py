@@ -90,7 +90,7 @@ class Up:
     def _storage(self) -> None:
         """The shared storage is a folder of the cache, so that runs survive `make down`; pods see it under the state folder."""
         storage = self.layout.storage
-        for path in (storage, storage / "runs", storage / "models"):
+        for path in (storage, storage / "runs", storage / "models", storage / "chatbot"):
             path.mkdir(parents=True, exist_ok=True)
             os.chown(path, OWNER, OWNER)
         link = self.layout.state / "storage"

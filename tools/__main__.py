@@ -57,7 +57,7 @@ def _images(arguments: argparse.Namespace) -> int:
         print(f"Digests: {images.publish(layout, arguments.registry, arguments.tag, print)}")
         return 0
     builder = images.Builder(layout)
-    for image in images.with_bases(["trainer", "chatbot"]):
+    for image in images.with_bases(images.PUBLISHED):
         print(f"{image.name}: {'built' if builder.build(image, images.labelled(image.name, print)) else 'up to date'}")
     return 0
 

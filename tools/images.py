@@ -36,7 +36,8 @@ class Image:
     folder: str
     """Folder of images/."""
     base: str = ""
-    """Image that it starts from."""
+    """Image that it starts from. Without one it is a minimal Debian with the packages of images/<folder>/packages, of release SUITE or from
+    images/<folder>/sources."""
     inputs: tuple[str, ...] = ()
     """Files and folders of the checkout that go into it."""
     programs: tuple[str, ...] = ()
@@ -60,9 +61,13 @@ IMAGES = {image.name: image for image in (
     Image("torch", "torch", "base", inputs=("trainer/pyproject.toml", "trainer/uv.lock")),
     Image("trainer", "trainer", "torch", inputs=("trainer",)),
     Image("chatbot", "chatbot", "torch", inputs=("chatbot",)),
+    Image("nfs-server", "nfs-server", inputs=("images/nfs-server/packages", "images/nfs-server/sources")),
     *map(_node, ("node", "coredns", "pause", "kuberay-operator", "argocd")),
 )}
 """All images, each after its base."""
+
+PUBLISHED = ("trainer", "chatbot", "nfs-server")
+"""What a site runs of them. The local cluster has no NFS server: its tests build that image when they need it."""
 
 
 class Builder:
@@ -114,9 +119,9 @@ class Builder:
             return False
         log = self._log(image)
         context = REPOSITORY
-        if image.name == "base":
-            context = self.folder / "base"
-            self._rootfs(context, log, say)
+        if not image.base:
+            context = self.folder / image.name
+            self._rootfs(image, context, log, say)
         elif image.programs:
             context = self.layout.bin
         say("building")
@@ -132,7 +137,7 @@ class Builder:
             command += ["--target", image.target]
         command += self._mounts()
         shell.run([*command, context], log, env=self.env)
-        if image.name == "base":
+        if not image.base:
             shutil.rmtree(context)
         self._mark(image).write_text(self.fingerprint(image))
         return True
@@ -149,18 +154,22 @@ class Builder:
             mounts += ["--volume", f"{Path(bundle).resolve()}:/etc/ssl/certs/ca-certificates.crt:ro"]
         return mounts
 
-    def _rootfs(self, folder: Path, log: Path, say: Say) -> None:
-        """A minimal Debian with the packages of images/base/packages, as a tar file."""
+    def _rootfs(self, image: Image, folder: Path, log: Path, say: Say) -> None:
+        """A minimal Debian with the image's packages, as a tar file."""
         say("Debian packages")
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        lines = (REPOSITORY / "images/base/packages").read_text().splitlines()
+        lines = (REPOSITORY / "images" / image.folder / "packages").read_text().splitlines()
         packages = ",".join(line.split()[0] for line in lines if line.strip())
+        sources = REPOSITORY / "images" / image.folder / "sources"
+        release: list[str | Path] = [SUITE, folder / "rootfs.tar"]
+        if sources.exists():
+            release = [sources.read_text().split()[2], folder / "rootfs.tar", sources]
         root = self.layout.debian / "root"
         shell.run([root / "usr/bin/mmdebstrap", "--variant=minbase", "--mode=root", f"--include={packages}",
                    f"--keyring={root}/usr/share/keyrings", "--aptopt=Acquire::Retries \"3\"",
                    "--dpkgopt=path-exclude=/usr/share/man/*", "--dpkgopt=path-exclude=/usr/share/doc/*",
-                   "--dpkgopt=path-exclude=/usr/share/locale/*", SUITE, folder / "rootfs.tar"],
+                   "--dpkgopt=path-exclude=/usr/share/locale/*", *release],
                   log, env={**self.env, "PERL5LIB": str(root / "usr/share/perl5"), "SOURCE_DATE_EPOCH": "0"})
 
     def push(self, image: Image, registry: str, tag: str, say: Say, *, local: bool, name: str = "") -> str:
@@ -195,7 +204,7 @@ def _has_manifest(reference: str, digest: str) -> bool:
         return False
 
 
-VALUES_KEYS = {"trainer": "trainer", "chatbot": "chatbot", "kuberay-operator": "kuberayOperator"}
+VALUES_KEYS = {"trainer": "trainer", "chatbot": "chatbot", "nfs-server": "nfsServer", "kuberay-operator": "kuberayOperator"}
 """Images that charts name, with their key below `global.images`."""
 
 
@@ -229,10 +238,10 @@ def publish(layout: Layout, registry: str, tag: str, say: Say) -> Path:
         raise OperatorError("Give REGISTRY=host/path and TAG=version, for example: make images REGISTRY=registry.example.com/ml TAG=0.1.0")
     builder = Builder(layout)
     digests = {}
-    for image in with_bases(["trainer", "chatbot"]):
+    for image in with_bases(PUBLISHED):
         say(f"{image.name}: building")
         builder.build(image, labelled(image.name, say))
-    for name in ("trainer", "chatbot"):
+    for name in PUBLISHED:
         digests[name] = builder.push(IMAGES[name], registry, tag, labelled(name, say), local=False)
         say(f"{name}: {registry}/{name}@{digests[name]}")
     path = REPOSITORY / "images/digests.yaml"

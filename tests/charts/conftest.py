@@ -142,14 +142,16 @@ SITES: dict[str, Values] = {
                                             "config": {"engine": {"streams": 32, "context": 4096}}}}),
     "clusters of their own": join(JOB, GPU, {
         "global": {"rayCluster": {"standing": False}},
-        "nfs-provisioner": {"mode": "external", "external": {"server": "nfs.example.org", "path": "/export"}},
+        "nfs-provisioner": {"mode": "external",
+                            "external": {"server": "nfs.example.org", "path": "/export", "driverVersion": "4.13.4"}},
         "nvidia-device-plugin": {"enabled": True, "namespace": "gpu", "sharing": {"kind": "mps", "rename": False}},
         "ray-cluster": {"workerGroups": [{"name": "gpu", "gpus": 1, "volumes": [{"name": "extra", "emptyDir": {}}],
                                           "volumeMounts": [{"name": "extra", "mountPath": "/extra"}],
                                           "env": [{"name": "A", "value": "b"}]}]},
         "finetune-job": {"kueue": {"queue": "gpus", "priorityClass": "high"}, "preRunningDeadlineSeconds": 600},
     }),
-    "dynamic volumes": join(JOB, {"nfs-provisioner": {"mode": "external", "external": {"server": "nfs", "provisioning": "dynamic"}},
+    "dynamic volumes": join(JOB, {"nfs-provisioner": {"mode": "external", "external": {"server": "nfs", "provisioning": "dynamic",
+                                                                                             "driverVersion": "4.13.4"}},
                                   "ray-cluster": {"auth": {"mode": "disabled"}, "kueue": {"queue": "standing"}},
                                   "kuberay-operator": {"watchNamespaces": ["train", "other"]}}),
 }

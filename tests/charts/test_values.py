@@ -57,6 +57,7 @@ CHANGED: dict[str, Any] = {
     "finetune-job.retention.schedule": "1 1 * * 1",
     "nfs-provisioner.mountOptions": ["hard", "nfsvers=4.2"],
     "nfs-provisioner.capacity": "2Ti",
+    "nfs-provisioner.external.driverVersion": "4.14.0",
     "nfs-provisioner.*.path": "/other",
     "nfs-provisioner.inCluster.hostPath": "/other",
     "nfs-provisioner.inCluster.clusterIP": "10.96.0.51",

@@ -135,7 +135,7 @@ class Guest:
         mac = ":".join(f"{byte:02x}" for byte in (2, 0, *socket.inet_aton(self.address.partition("/")[0])))
         kernel = [self.kernel / "usr/bin/linux.uml", "seccomp=auto", f"umid={self.name}", f"uml_dir={self.folder}/uml/",
                   f"mem={self.memory}", "rootfstype=hostfs", "rootflags=/", "ro", f"init={INIT}", f"ubda={self.folder}/disk.ext4",
-                  "con=null", "con0=null,fd:1", f"vec0:transport=tap,ifname={self.tap},mac={mac},depth=128",
+                  "con=null", "con0=null,fd:1", f"vec0:transport=tap,ifname={self.tap},mac={mac},depth=128,gro=1",
                   *(f"{name}={value}" for name, value in variables.items()),
                   "GUEST_OWN=" + ":".join(map(str, self.own_folders))]
         # The kernel's console must be a pipe. In a PID namespace of its own, whose end takes every process of the guest along: were only

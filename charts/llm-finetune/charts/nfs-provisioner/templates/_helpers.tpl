@@ -38,6 +38,17 @@
 {{- if not .Values.external.server -}}
 {{- fail "nfs-provisioner.external.server is empty with mode: external. Name the NFS server as the nodes resolve it." -}}
 {{- end -}}
+{{- if has ".." (splitList "/" .Values.external.path) -}}
+{{- fail (printf "nfs-provisioner.external.path is %s: .. leads out of the directory that it seems to name. Write the path without it." .Values.external.path) -}}
+{{- end -}}
+{{- if eq .Values.external.provisioning "dynamic" -}}
+{{- $version := .Values.external.driverVersion -}}
+{{- if not $version -}}
+{{- fail "nfs-provisioner.external.driverVersion is empty with provisioning: dynamic. Give the version of csi-driver-nfs on the cluster, at least 4.13.4 (kubectl -n kube-system get deployment csi-nfs-controller -o yaml)." -}}
+{{- else if not (semverCompare ">=4.13.4" $version) -}}
+{{- fail (printf "nfs-provisioner.external.driverVersion is %s: csi-driver-nfs before 4.13.4 lets names with ../ in a volume reach other directories of the export (CVE-2026-3864 and what followed). Update the driver to 4.13.4 or later." $version) -}}
+{{- end -}}
+{{- end -}}
 {{- else if eq .Values.mode "inCluster" -}}
 {{- $in := .Values.inCluster -}}
 {{- range $key, $what := dict "nodeName" "the node that has the disk" "hostPath" "the directory on its disk" "clusterIP" "a free address of the service range" -}}
@@ -64,4 +75,56 @@
 {{- fail (printf "nfs-provisioner.mode is nodePath with global.nodes: %d: every node would see another directory. Use mode: external or inCluster, or one node." (int .Values.global.nodes)) -}}
 {{- end -}}
 {{- end -}}
+{{- end }}
+
+{{- define "nfs-provisioner.config" -}}
+{{- $in := .Values.inCluster -}}
+NFS_CORE_PARAM {
+    Protocols = 4;
+    NFS_Port = 2049;
+    # No NFSv3 side services.
+    Enable_NLM = false;
+    Enable_RQUOTA = false;
+    Enable_UDP = false;
+    # It would need a capability that not every node has to give; without it the server says so when it starts.
+    Allow_Set_Io_Flusher_Fail = true;
+}
+NFSv4 {
+    Minor_Versions = 1, 2;
+    Grace_Period = {{ int $in.graceSeconds }};
+    Lease_Lifetime = {{ div (add (int $in.graceSeconds) 1) 2 }};
+    # Owners are user ids: nothing to look up, and the same on every node.
+    Only_Numeric_Owners = true;
+    # Which clients there were, on the disk itself: after a restart they get their files and locks back.
+    RecoveryBackend = fs;
+    RecoveryRoot = /data/recovery;
+}
+NFS_KRB5 {
+    Active_krb5 = false;
+}
+EXPORT_DEFAULTS {
+    Protocols = 4;
+    Transports = TCP;
+    SecType = sys;
+    Access_Type = None;
+}
+EXPORT {
+    Export_Id = 1;
+    Path = /data/storage;
+    Pseudo = /storage;
+    # Nobody but the named networks, from ports that only a client's root may use; and that root is nobody special.
+    PrivilegedPort = true;
+    Squash = Root_Squash;
+    Anonymous_Uid = {{ int .Values.global.podSecurity.runAsUser }};
+    Anonymous_Gid = {{ int .Values.global.podSecurity.runAsGroup }};
+    FSAL { Name = VFS; }
+    CLIENT {
+        Clients = {{ join ", " $in.clients }};
+        Access_Type = RW;
+    }
+}
+LOG {
+    Default_Log_Level = EVENT;
+    Facility { name = STDERR_LOG; destination = STDERR; enable = active; }
+}
 {{- end }}

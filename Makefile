@@ -1,7 +1,7 @@
 # Every target works from a fresh clone; the first call puts uv and a Python environment into the cache.
 SHELL := /bin/bash -euo pipefail
 .DEFAULT_GOAL := help
-.PHONY: help up down status results ask images charts try test test-fast test-host e2e e2e-promotion e2e-nodes chaos fuzz test-slow lint clean promote rollback diff helm site-check bundle bundle-load
+.PHONY: help up down status results ask images charts try test test-fast test-host e2e e2e-promotion e2e-nodes chaos fuzz scan test-slow lint clean promote rollback diff helm site-check bundle bundle-load
 
 CACHE ?= $(or $(LLM_FINETUNE_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/llm-finetune)
 export LLM_FINETUNE_CACHE := $(CACHE)
@@ -16,6 +16,7 @@ CHATBOT := $(CACHE)/venv/chatbot/bin/python
 TOOLS_VENV := $(CACHE)/venv/tools/.synced
 TRAINER_VENV := $(CACHE)/venv/trainer/.synced
 CHATBOT_VENV := $(CACHE)/venv/chatbot/.synced
+CHECKOV_VENV := $(CACHE)/venv/checkov/.synced
 
 help: ## show this list
 	@echo "llm-finetune: fine-tune Llama models across GPU servers, by git push"; echo
@@ -96,6 +97,9 @@ test-slow: $(TOOLS_VENV) $(TRAINER_VENV) ## whole training runs on this machine 
 fuzz: $(TOOLS_VENV) $(TRAINER_VENV) $(CHATBOT_VENV) ## CASES=10000: values, configurations, datasets, manifests, API, guardrails
 	@FUZZ_CASES=$(or $(CASES),10000) $(TOOLS) -m tools.checks fuzz
 
+scan: $(TOOLS_VENV) $(CHECKOV_VENV) ## kubeconform, kube-score and checkov over all that the chart renders (builds the first two)
+	@$(TOOLS) -m tools.checks scan
+
 clean: $(TOOLS_VENV) ## down, and remove caches and runs
 	@$(TOOLS) -m tools clean
 
@@ -107,4 +111,8 @@ $(UV):
 # One environment a part, exactly as its lock says; a changed lock renews it.
 $(CACHE)/venv/%/.synced: %/pyproject.toml %/uv.lock | $(UV)
 	@UV_PROJECT_ENVIRONMENT=$(CACHE)/venv/$* $(UV) sync --quiet --frozen --group test --project $* --python $(PYTHON)
+	@touch $@
+
+$(CHECKOV_VENV): tests/scan/checkov/pyproject.toml tests/scan/checkov/uv.lock | $(UV)
+	@UV_PROJECT_ENVIRONMENT=$(CACHE)/venv/checkov $(UV) sync --quiet --frozen --project tests/scan/checkov --python $(PYTHON)
 	@touch $@

@@ -51,6 +51,7 @@ FUZZ = [(f"fuzz {environment}", environment, f"tests/fuzz/{part}")
 UNIT += [Check(name, _pytest(environment, path)) for name, environment, path in FUZZ]
 FUZZED = [UNIT[0], *(Check(name, [*_pytest(environment, path, timeout_s=14400), "--hypothesis-show-statistics"])
                      for name, environment, path in FUZZ)]
+SCANNED = [UNIT[0], Check("scanners", _pytest("tools", "tests/scan"))]
 CLUSTER = [Check("local cluster up", ["tools", "-m", "tools", "up"]), Check("end to end", _pytest("tools", "tests/e2e"))]
 # From no cluster to none: `make up` interrupted and repeated, and what `make down` leaves.
 HOST = [Check("up, interrupted", _pytest("tools", "tests/host/test_up.py")), Check("down", _pytest("tools", "tests/host/test_down.py"))]
@@ -60,18 +61,19 @@ NODES = [CLUSTER[0], Check("second node", _pytest("tools", "tests/nodes"))]
 # Whole runs with faults, on this machine and without a cluster: minutes each.
 SLOW = [Check("trainer, slow", _pytest("trainer", "tests/trainer", mark="slow", timeout_s=3600))]
 SUITES = {"lint": LINT, "fast": [*LINT, *UNIT], "all": [*LINT, *UNIT, *CLUSTER], "host": HOST, "e2e": [*CLUSTER, PROMOTION[1]],
-          "promotion": PROMOTION, "chaos": CHAOS, "nodes": NODES, "fuzz": FUZZED, "slow": SLOW}
+          "promotion": PROMOTION, "chaos": CHAOS, "nodes": NODES, "fuzz": FUZZED, "scan": SCANNED, "slow": SLOW}
 NOT_RUN = {
     "lint": "tests (make test)",
     "fast": "end-to-end tests on the local cluster (make test)",
     "host": "everything else (make test)",
     "all": "make up and down themselves (make test-host), promotion (make e2e-promotion), "
-           "faults (make chaos), a second node (make e2e-nodes), benchmarks/",
+           "scanners (make scan), faults (make chaos), a second node (make e2e-nodes), benchmarks/",
     "e2e": "lint and unit tests (make test-fast)",
     "promotion": "everything else (make test)",
     "chaos": "everything else (make test)",
     "nodes": "everything else (make test)",
     "fuzz": "everything else (make test)",
+    "scan": "everything else (make test)",
     "slow": "everything else (make test)",
 }
 

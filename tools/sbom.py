@@ -12,6 +12,7 @@ import tarfile
 import tomllib
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from email.message import Message
 from email.parser import HeaderParser
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,16 @@ def normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
+def licences(head: Message) -> list[dict[str, Any]]:
+    """A Python package's licences in CycloneDX's form: its SPDX expression, else its classifiers, else the first line of its own words."""
+    if expression := head.get("License-Expression"):
+        return [{"expression": str(expression)}]
+    classifiers = [c.rpartition(" :: ")[2] for c in map(str, head.get_all("Classifier", [])) if c.startswith("License :: ")]
+    names = [c for c in classifiers if c not in ("OSI Approved", "DFSG approved")]
+    own = (str(head.get("License") or "").strip().splitlines() or [""])[0]
+    return [{"license": {"name": name}} for name in names or ([own] if own and own != "UNKNOWN" else [])]
+
+
 def components(found: Mapping[str, bytes], hashes: Mapping[tuple[str, str], list[str]]) -> list[dict[str, Any]]:
     """CycloneDX components, sorted by their package URL."""
     release = found.get(RELEASE) or found.get("usr/lib/os-release") or b""
@@ -103,9 +114,8 @@ def components(found: Mapping[str, bytes], hashes: Mapping[tuple[str, str], list
         elif METADATA.search(path):
             head = HeaderParser().parsestr(content.decode(errors="replace"))
             name, version = normal(head["Name"]), head["Version"]
-            licence = head.get("License-Expression") or ""
             known = hashes.get((name, version), [])
-            more: dict[str, Any] = {"licenses": [{"expression": licence}]} if licence else {}
+            more: dict[str, Any] = {"licenses": licences(head)} if licences(head) else {}
             if known:  # whichever of them was installed: all that the lock allows
                 more["externalReferences"] = [{"type": "distribution", "url": f"https://pypi.org/project/{name}/{version}/",
                                                "hashes": [{"alg": "SHA-256", "content": h} for h in known]}]

@@ -69,6 +69,19 @@ imagePullSecrets:
 {{- end }}
 {{- end }}
 
+{{/* Several pods of a part on different nodes, where there are as many: (dict "root" $ "component" "x"). */}}
+{{- define "llm-finetune.spread" -}}
+affinity:
+  podAntiAffinity:
+    preferredDuringSchedulingIgnoredDuringExecution:
+      - weight: 100
+        podAffinityTerm:
+          topologyKey: kubernetes.io/hostname
+          labelSelector:
+            matchLabels:
+              {{- include "llm-finetune.selector" . | nindent 14 }}
+{{- end }}
+
 {{/* Egress rule for name resolution. */}}
 {{- define "llm-finetune.dnsEgress" -}}
 - ports:

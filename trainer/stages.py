@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -184,6 +185,7 @@ def train(config: Config, paths: RunPaths, ranks: Ranks, device: torch.device, *
         at_end.callback(checkpointer.wait)  # before the engine's memory goes: a save may still read from it
         saved = restore(paths.checkpoints, digest, engine, ranks)
         devices = ranks.gather_objects(name)
+        layout = describe_layout(devices, ranks.gather_objects(int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
         budgets, rebalance = start_budgets(config, ranks, engine.lockstep_group, saved, device, devices)
         held_out = evaluation_batches(test, rows, [max(of_rank) for of_rank in budgets], ranks.rank, config.run.data.loss_on)
         peaks = ranks.sum([peak_flops(name), float(peak_flops(name) == 0)])
@@ -192,7 +194,7 @@ def train(config: Config, paths: RunPaths, ranks: Ranks, device: torch.device, *
                      type(engine).__name__, name, time.monotonic() - began)
         recorder = Recorder(paths, config.run_id, saved["step"] if saved else 0, gauges=gauges) if ranks.rank == 0 else None
         training = Training(config, engine, ranks, checkpointer, shards, held_out, budgets, peak=0.0 if peaks[1] else peaks[0],
-                            rebalance=rebalance, recorder=recorder, report=report, stop=asked, stored={"devices": devices})
+                            rebalance=rebalance, recorder=recorder, report=report, stop=asked, stored={"devices": devices}, layout=layout)
         try:
             training.resume(saved)
             state = training.run()
@@ -200,6 +202,17 @@ def train(config: Config, paths: RunPaths, ranks: Ranks, device: torch.device, *
             if recorder is not None:
                 recorder.close()
     return {"step": training.step, "finished": state.finished, "tokens": state.tokens, "seconds": round(state.seconds, 3), **state.metrics}
+
+
+def describe_layout(devices: Sequence[str], node_workers: Sequence[int]) -> list[dict[str, Any]]:
+    """The workers in order, alike ones in a row as one: `{device, workers, node_workers}`."""
+    groups: list[dict[str, Any]] = []
+    for device, size in zip(devices, node_workers, strict=True):
+        if groups and (groups[-1]["device"], groups[-1]["node_workers"]) == (device, size):
+            groups[-1]["workers"] += 1
+        else:
+            groups.append({"device": device, "workers": 1, "node_workers": size})
+    return groups
 
 
 def _export(config: Config, paths: RunPaths, progress: Progress) -> None:

@@ -23,6 +23,8 @@ from trainer.paths import RunPaths
 ARCHITECTURE = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
                 "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.2}
 CHAT = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
+DEVICE = "NVIDIA H100 80GB HBM3"
+"""Of both workers, each on a node of its own."""
 SUBJECTS = ["aspirin", "exercise", "vitamin D", "surgery", "screening", "metformin", "sleep", "coffee", "β-blockers", "physiotherapy"]
 OUTCOMES = ["mortality", "pain", "blood pressure", "recovery", "quality of life", "length of stay", "relapse", "falls"]
 
@@ -103,7 +105,7 @@ def make_records(paths: RunPaths, config: Config, steps: int = 120, nodes: int =
                 "seconds": {"data": 0.01, "forward_backward": 4.6, "optimizer": 0.3, "checkpoint": 0.02}, "time": start + 5 * step}
         if step % 5 == 0:
             fast, wait = (2048, 9.0) if step <= 10 else (2752, 1.0)  # the second worker is slower; tokens are dealt anew after step 10
-            line["workers"] = {"steps": 5, "seconds": 25.0, "ranks": [
+            line["workers"] = {"steps": 5, "seconds": 25.0, "layout": [{"device": DEVICE, "workers": 2, "node_workers": 1}], "ranks": [
                 {"micro_batches": 1, "micro_batch_tokens": fast, "tokens": 5 * fast, "compute": 23.0 - wait, "wait": wait},
                 {"micro_batches": 1, "micro_batch_tokens": 4096 - fast, "tokens": 5 * (4096 - fast), "compute": 23.0, "wait": 0.0}]}
         if step % 30 == 0:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.trainer.made_run import configuration, make_dataset, make_records, rows
+from tests.trainer.made_run import DEVICE, configuration, make_dataset, make_records, rows
 from tools.errors import OperatorError
 from tools.results import newest, results
 from trainer.evaluate import run as stage
@@ -20,9 +20,11 @@ from trainer.export import TensorReader, export
 from trainer.files import directory_digest, read_manifest
 from trainer.model.load import load_model
 from trainer.paths import RunPaths
+from trainer.plan import plan
 from trainer.report.document import network_table, verdict
-from trainer.report.metrics import duration, number, rate, samples, training_summary
+from trainer.report.metrics import duration, number, rate, records, samples, training_summary
 from trainer.report.plots import Line, plot, smooth, thin
+from trainer.report.prediction import comparison, on_workers
 from trainer.report.write import write_report
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{ 7*7 }}{% raw %}|`**\n# head $x$ \u202e"
@@ -92,6 +94,35 @@ def test_workers_say_what_they_did_and_waited(made: tuple[Any, RunPaths, dict[st
     assert "| 0 | 323,200 | 8 min 32 s | 40 s | 85 % |" in markdown
     assert "\n- from step 1: 1 x 2,048 (2 workers)\n" in markdown and "\n- from step 11: 1 x 2,752, 1 x 1,344\n" in markdown
     assert "<h2>Workers</h2>" in page and "from step 11: 1 x 2,752, 1 x 1,344." in page
+
+
+def test_prediction_stands_beside_the_measurement(made: tuple[Any, RunPaths, dict[str, Any]]) -> None:
+    """Two H100 on a node each: plan for these, medians of the steps, and what a node's physical card sent in them."""
+    config, paths, report = made
+    rows = {row["quantity"]: row for row in report["prediction"]}
+    assert list(rows) == ["Seconds a step", "Tokens/s", "Sent by a node in a step, bytes"]
+    said = plan(on_workers(config, [{"device": DEVICE, "workers": 2, "node_workers": 1}]))
+    assert said.nodes == 2 and said.groups[0].group.gpu is not None and said.groups[0].group.gpu.name == "H100-80GB"
+    assert [row["predicted"] for row in rows.values()] == [said.step_seconds, said.tokens_per_second, said.wire_bytes]
+    assert rows["Seconds a step"]["measured"] == pytest.approx(5, rel=0.05) and rows["Tokens/s"]["measured"] == pytest.approx(820, rel=0.05)
+    mean = sum(row["tx_mean"] for row in report["network"]) / 2
+    assert rows["Sent by a node in a step, bytes"]["measured"] == pytest.approx(5 * mean, rel=0.05)
+    assert "| Seconds a step |" in paths.report("md").read_text()
+    assert "<h2>Prediction and measurement</h2>" in paths.report("html").read_text()
+
+
+def test_prediction_needs_known_gpus_and_is_of_the_newest_workers(made: tuple[Any, RunPaths, dict[str, Any]]) -> None:
+    config, paths, _ = made
+    lines = records(paths)
+    for line in lines:
+        if "workers" in line:
+            device = "cpu" if line["step"] <= 60 else DEVICE
+            line["workers"] = {**line["workers"], "layout": [{"device": device, "workers": 1, "node_workers": 1}]}
+        line["tokens_per_second"] = 10.0 if line["step"] <= 60 else 20.0
+    found = comparison(config, paths, lines)
+    assert [row["quantity"] for row in found] == ["Seconds a step", "Tokens/s"] and found[1]["measured"] == 20.0
+    assert comparison(config, paths, lines[:60]) == [], "plan has no speed of a CPU, and one node sends nothing"
+    assert comparison(config, paths, [{k: v for k, v in line.items() if k != "workers"} for line in lines]) == []
 
 
 def test_page_is_self_contained_and_escaped(made: tuple[Any, RunPaths, dict[str, Any]]) -> None:

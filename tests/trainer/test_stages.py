@@ -105,3 +105,9 @@ def test_help_names_every_command():
     out = subprocess.run([sys.executable, "-m", "trainer", "--help"], capture_output=True, text=True, check=True).stdout
     for command in ("plan", "prepare", "train", "evaluate", "export", "report", "run", "schema"):
         assert command in out
+
+
+def test_layout_tells_workers_in_order_and_alike_ones_once():
+    assert stages.describe_layout(["a", "a", "b", "a"], [2, 2, 1, 1]) == [
+        {"device": "a", "workers": 2, "node_workers": 2}, {"device": "b", "workers": 1, "node_workers": 1},
+        {"device": "a", "workers": 1, "node_workers": 1}]

@@ -14,6 +14,7 @@ from trainer.files import directory_digest, read_manifest
 from trainer.paths import RunPaths
 from trainer.report.card import describe_data, describe_model
 from trainer.report.metrics import METRICS, finite, number, phase_seconds, records, samples, training_summary
+from trainer.report.prediction import comparison
 from trainer.report.workers import worker_table
 
 FORMAT = 1
@@ -98,7 +99,8 @@ def build(config: Config, paths: RunPaths, gate: dict[str, Any] | None = None) -
         "train": {**training_summary(paths), "phases": phase_seconds(lines)},
         "data": {k: dataset.get(k) for k in ("rows_read", "rows_kept", "rejected")} | {"splits": {
             name: {k: split.get(k) for k in ("rows", "tokens", "answer_tokens")} for name, split in dataset.get("splits", {}).items()}},
-        "workers": worker_table(lines), "network": network_table(paths), "gpu": gpu_table(paths), "samples": evaluation.get("samples", []),
+        "workers": worker_table(lines), "prediction": comparison(config, paths, lines), "network": network_table(paths),
+        "gpu": gpu_table(paths), "samples": evaluation.get("samples", []),
         "config": yaml.safe_load(paths.config.read_text(encoding="utf-8")) if paths.config.exists() else to_dict(config),
     }
     document["gate"] = judge(document, gate or load_gate())

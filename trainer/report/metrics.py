@@ -7,6 +7,7 @@ import math
 import re
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -155,3 +156,8 @@ def samples(path: Path, columns: tuple[str, ...], average: bool = False) -> Seri
         series[node] = {when: [sum(column) / (len(group) if average else 1) for column in zip(*group, strict=True)]
                         for when, group in sorted(by_time.items())}
     return dict(sorted(series.items()))
+
+
+def transferred(times: dict[float, list[float]], column: int, begin: float, end: float) -> float:
+    """What one node's samples of a rate (`column` of `samples`) add up to between two moments."""
+    return sum(times[now][column] * max(0.0, min(now, end) - max(before, begin)) for before, now in pairwise(times))

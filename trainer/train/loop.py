@@ -133,10 +133,12 @@ class Training:
     def __init__(self, config: Config, engine: Engine, ranks: Ranks, checkpointer: Checkpointer, shards: TokenShards,
                  held_out: Sequence[PackedBatch], budgets: Budgets, *, rebalance: Rebalance | None = None, peak: float = 0.0,
                  recorder: Recorder | None = None, report: Callable[[dict[str, Any]], None] | None = None,
-                 stop: threading.Event | None = None, stored: dict[str, Any] | None = None) -> None:
+                 stop: threading.Event | None = None, stored: dict[str, Any] | None = None,
+                 layout: list[dict[str, Any]] | None = None) -> None:
         """`held_out`: this rank's batches of the held-out rows. `rebalance`: deals anew when the ranks' speeds ask for it (None: never).
         `peak`: FLOP/s of all ranks together (0: no MFU). `recorder`: on rank 0. `report`: called by all ranks with the metrics after
-        each evaluation. `stored`: kept in every checkpoint's state.json."""
+        each evaluation. `stored`: kept in every checkpoint's state.json. `layout`: device and node of the workers, told with what
+        they did."""
         self.config, self.engine, self.ranks, self.checkpointer = config, engine, ranks, checkpointer
         self.shards, self.held_out, self.budgets = shards, held_out, budgets
         self.recorder, self._report = recorder, report
@@ -147,6 +149,7 @@ class Training:
         self._done: list[tuple[int, int, float]] = []  # of each step since the ranks last told: own tokens, microseconds, seconds
         self._stop = stop or threading.Event()
         self._stored = stored or {}
+        self._layout = layout or []
         self.planner = StepPlanner(shards.lengths, config.run.seed, config.run.train.epochs)
         self.step = 0
         self.state = LoopState(total_steps=0)
@@ -303,7 +306,8 @@ class Training:
             if new is not None:
                 self._deal(step.step, new)
                 break  # the steps that are left were done with the old budgets
-        return {"workers": {"steps": len(done), "seconds": round(sum(seconds for *_, seconds in done), 6), "ranks": workers}}
+        return {"workers": {"steps": len(done), "seconds": round(sum(seconds for *_, seconds in done), 6), "ranks": workers,
+                            **({"layout": self._layout} if self._layout else {})}}
 
     def _deal(self, step: int, budgets: list[list[int]]) -> None:
         """New budgets for the steps after the one that is under way."""

@@ -1,12 +1,14 @@
 """Preparation speed and memory: `trainer.data.prepare` against `datasets.map`, the same tokenizer on the same rows in one run.
 
-    PYTHONPATH=. <python> benchmarks/prepare.py --rows 20000 --tokenizer DIR [--processes 2] [--only ours|map] [--output FILE]
+    python benchmarks/prepare.py --rows 20000 --tokenizer DIR --repeat 3 --out benchmarks/results/prepare.jsonl
+    python benchmarks/prepare.py --rows 211000 --tokenizer DIR --only ours --out benchmarks/results/prepare.jsonl   # memory
 
 Rows are synthetic, with PubMedQA's lengths (question and answer of some 90 tokens, with the abstract some 430), cut at 512 tokens.
 `datasets.map` gets what a user would write: load the JSON lines, render, tokenise prompt and completion in batches, cut the prompt,
 make labels, split, save; without any check of rows, without removal of duplicates. Each side runs in a process of its own, fresh,
-with the same number of worker processes; memory is the largest sum of the proportional set sizes of all its processes, files mapped
-into memory included. Prints one JSON object.
+with the same number of worker processes; its time begins when libraries and tokenizer are loaded, and holds the start of the workers.
+Memory is the largest sum of the proportional set sizes of all its processes, files mapped into memory included (`private`: without
+those). Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import random
 import re
 import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -27,6 +30,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from record import record
+from train import versions
 
 SAMPLE = Path(__file__).parent.parent / "trainer" / "data" / "sample" / "pubmedqa-sample.jsonl"
 
@@ -54,11 +59,13 @@ def ours(storage: Path, processes: int) -> dict[str, Any]:
     """Prepare with the project's code."""
     from trainer.config import parse
     from trainer.data.prepare import prepare
+    from trainer.model.tokenizer import load_tokenizer
 
     config = parse({"run": {"name": "bench", "model": {"path": "tokenizer"}, "data": {"path": "rows.jsonl", "max_tokens": 512}},
                     "resources": {"prepare_cpus": processes}, "storage": str(storage)})
+    tokenizer = load_tokenizer(config)
     started = time.perf_counter()
-    manifest = prepare(config)
+    manifest = prepare(config, tokenizer)
     return {"seconds": time.perf_counter() - started, "rows_kept": manifest["rows_kept"],
             "tokens": sum(manifest["splits"][s]["tokens"] for s in ("train", "test")), "shortened": manifest["shortened"]}
 
@@ -92,23 +99,23 @@ def measure(side: str, storage: Path, processes: int) -> dict[str, Any]:
     """Run one side in a fresh process; its result with the peak memory."""
     command = [sys.executable, __file__, "--side", side, "--storage", str(storage), "--processes", str(processes)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}) as process:
-        peak, largest = 0, 0
+        peak, private = 0, 0
         tree = psutil.Process(process.pid)
         while process.poll() is None:
-            total = 0
+            total = own = 0
             for one in [tree, *_children(tree)]:
                 try:
-                    total += one.memory_full_info().pss
-                    largest = max(largest, one.memory_info().rss - one.memory_info().shared)
+                    memory = one.memory_full_info()
                 except psutil.Error:
                     continue
-            peak = max(peak, total)
-            time.sleep(0.2)
+                total += memory.pss
+                own += memory.uss
+            peak, private = max(peak, total), max(private, own)
+            time.sleep(0.5)
         output = process.stdout.read() if process.stdout else ""
     if process.returncode:
         raise SystemExit(f"{side} failed")
-    return {**json.loads(output.strip().splitlines()[-1]), "peak_mib": round(peak / 2**20),
-            "largest_process_private_mib": round(largest / 2**20)}
+    return {**json.loads(output.strip().splitlines()[-1]), "peak_mib": round(peak / 2**20), "peak_private_mib": round(private / 2**20)}
 
 
 def _children(process: psutil.Process) -> list[psutil.Process]:
@@ -124,8 +131,8 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, help="directory with the tokenizer's files")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--only", choices=["ours", "map"])
-    parser.add_argument("--repeat", type=int, default=1, help="runs of each side, alternating; the fastest counts")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--repeat", type=int, default=1, help="runs of each side, alternating; medians")
+    parser.add_argument("--out", default="")
     parser.add_argument("--side", choices=["ours", "map"], help=argparse.SUPPRESS)
     parser.add_argument("--storage", type=Path, help="folder for the rows and results; default: a temporary one")
     arguments = parser.parse_args()
@@ -144,20 +151,23 @@ def main() -> None:
                 file.write(json.dumps(row) + "\n")
         result: dict[str, Any] = {"rows": arguments.rows, "processes": arguments.processes,
                                   "megabytes": (storage / "rows.jsonl").stat().st_size >> 20}
+        sides = ["ours", "map"] if arguments.only is None else [arguments.only]
+        turns: list[dict[str, dict[str, Any]]] = []
         for _ in range(arguments.repeat):
-            for side in ["ours", "map"] if arguments.only is None else [arguments.only]:
-                measured = measure(side, storage, arguments.processes)
-                measured["rows_per_second"] = round(arguments.rows / measured["seconds"])
-                if side not in result or measured["seconds"] < result[side]["seconds"]:
-                    result[side] = measured
+            turns.append({})
+            for side in sides:
+                turns[-1][side] = measure(side, storage, arguments.processes)
                 for left in ("runs", "cache", "mapped"):
                     shutil.rmtree(storage / left, ignore_errors=True)
-        if "ours" in result and "map" in result:
-            result["speedup"] = round(result["map"]["seconds"] / result["ours"]["seconds"], 2)
-            result["cpu_ratio"] = round(result["map"]["cpu_seconds"] / result["ours"]["cpu_seconds"], 2)  # steadier on a shared machine
-    print(json.dumps(result, indent=1))
-    if arguments.output:
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        for side in sides:
+            numbers = {k for k, v in turns[0][side].items() if isinstance(v, int | float)}
+            result[side] = {k: statistics.median(turn[side][k] for turn in turns) for k in sorted(numbers)}
+            result[side]["rows_per_second"] = round(arguments.rows / result[side]["seconds"])
+        if len(sides) == 2:
+            for name, of in (("speedup", "seconds"), ("cpu_ratio", "cpu_seconds")):  # the second is steadier on a shared machine
+                by_turn = [round(turn["map"][of] / turn["ours"][of], 2) for turn in turns]
+                result |= {name: statistics.median(by_turn), f"{name}_by_turn": by_turn}
+    record({"benchmark": "prepare", **result, "cores": os.cpu_count(), "versions": versions("datasets", "tokenizers")}, arguments.out)
 
 
 if __name__ == "__main__":

@@ -193,8 +193,9 @@ class PartMaker:
         prompts = [s.template.prompt(row.question, c) for (row, _), c in zip(rows, contexts, strict=True)]
         decisions = [row.decision if s.decision else "" for row, _ in rows]
         completions = [s.template.completion(row.answer, d) for (row, _), d in zip(rows, decisions, strict=True)]
-        tokens = self._encode(prompts + completions)
-        prompt_tokens, completion_tokens = tokens[: len(rows)], tokens[len(rows) :]
+        prompted = self.tokenizer.encode_batch(prompts, add_special_tokens=False)  # with offsets, by which contexts are shortened
+        completed = self.tokenizer.encode_batch_fast(completions, add_special_tokens=False)
+        prompt_tokens, completion_tokens = ([np.array(e.ids, dtype=np.int32) for e in of] for of in (prompted, completed))
 
         keep = []
         for i, (row, where) in enumerate(rows):
@@ -207,7 +208,8 @@ class PartMaker:
                     or self.special[completion_tokens[i]].sum() != self.expected_end):
                 reason = "special token in the text"
             elif len(prompt_tokens[i]) + len(completion_tokens[i]) > s.max_tokens:
-                fitted = self._shorten(row, contexts[i], s.max_tokens - len(completion_tokens[i])) if contexts[i] else None
+                room = s.max_tokens - len(completion_tokens[i])
+                fitted = self._shorten(row, contexts[i], prompted[i], room) if contexts[i] else None
                 if fitted is None:
                     reason = "too long"
                 else:
@@ -239,19 +241,15 @@ class PartMaker:
                       content_hash=np.array([content[i] for i in keep], dtype=np.uint64), order=keys, held_out=held_out,
                       shingles=shingles, shingle_counts=np.diff(starts), bands=bands, texts=texts)
 
-    def _encode(self, texts: list[str]) -> list[NDArray[np.int32]]:
-        encoded = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(e.ids, dtype=np.int32) for e in encoded]
-
-    def _shorten(self, row: Row, context: str, room: int) -> tuple[str, str, NDArray[np.int32]] | None:
+    def _shorten(self, row: Row, context: str, encoding: Encoding, room: int) -> tuple[str, str, NDArray[np.int32]] | None:
         """Context, prompt and its tokens within `room` tokens; the context ends after a sentence, else after a word, where it can.
 
-        Without any room for it the context is left out; None if even then the prompt does not fit.
+        `encoding`: of the prompt with the whole context. Without any room for it the context is left out; None if even then the prompt
+        does not fit.
         """
         template = self.settings.template
         start = template.context_start(row.question)
         prompt = template.prompt(row.question, context)
-        encoding = self.tokenizer.encode(prompt, add_special_tokens=False)
         while context:
             excess = len(encoding.ids) - room
             if excess <= 0:

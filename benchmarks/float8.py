@@ -21,13 +21,18 @@ from train import command_line, measure
 LAST = 50
 
 
-def main() -> None:
-    """Train, compare, print."""
+def options_of() -> argparse.ArgumentParser:
+    """train.py's options and a few more."""
     parser = command_line(argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter))
     parser.add_argument("--seeds", type=int, default=3, help="bf16 runs")
     parser.add_argument("--kinds", nargs="+", choices=("tensorwise", "rowwise"), default=["tensorwise", "rowwise"])
     parser.set_defaults(text="chain", curve=True, steps=300, model="1b", timeout=200.0)
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Train, compare, print."""
+    options = options_of().parse_args()
     settings = ["train.learning_rate=0.0003", *options.set]  # of one field the last counts
 
     def run(float8: str, seed: int) -> dict[str, Any]:

@@ -56,7 +56,8 @@ def configuration(options: argparse.Namespace, storage: Path) -> dict[str, Any]:
     workers = options.gpus or 2
     run = {"name": f"lifecycle-{options.model}", "model": {
                "path": "models/made", "dtype": "bfloat16" if options.gpus else "float32",
-               "architecture": {**MODELS[options.model], "vocab_size": 4000, "max_position_embeddings": 2048}},
+               "architecture": {**MODELS[options.model], "vocab_size": 4000, "max_position_embeddings": 2048,
+                                **({"num_hidden_layers": options.layers} if options.layers else {})}},
            "data": {"sample": True, "format": "instruction", "max_tokens": 512},
            "method": {"kind": options.method},
            "train": {"epochs": 1000, "max_steps": options.steps, "tokens_per_step": 4096 * workers, "micro_batch_tokens": 4096,
@@ -113,7 +114,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         before = steps_done(run)
         kept = max(checkpoints(run), default=0)
         kill(process)
-        result: dict[str, Any] = {"case": {k: getattr(options, k) for k in ("model", "method", "engine", "gpus", "steps")},
+        result: dict[str, Any] = {"case": {k: getattr(options, k) for k in ("model", "layers", "method", "engine", "gpus", "steps")},
                                   "killed_after_step": before[-1]["step"] if before else 0, "checkpoint_then": kept,
                                   "seconds_until_kill": round(time.monotonic() - began, 1)}
         again = time.monotonic()
@@ -140,10 +141,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return result | {"versions": versions()}
 
 
-def main() -> None:
-    """Measure one case and print it; `--out` appends it to a file."""
+def command_line() -> argparse.ArgumentParser:
+    """The options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="tiny")
+    parser.add_argument("--layers", type=int, default=0, help="decoder layers (0: the model's own; fewer for a small disk)")
     parser.add_argument("--method", choices=("full", "lora", "qlora"), default="full")
     parser.add_argument("--engine", choices=("fsdp", "deepspeed"), default="fsdp")
     parser.add_argument("--gpus", type=int, default=0, help="0: two processes on the CPU")
@@ -153,7 +155,12 @@ def main() -> None:
     parser.add_argument("--log", default="")
     parser.add_argument("--scratch", default=None)
     parser.add_argument("--timeout", type=float, default=600)
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Measure one case and print it; `--out` appends it to a file."""
+    options = command_line().parse_args()
     result = measure(options)
     record(result, options.out)
     sys.exit(not result["holds"])

@@ -182,8 +182,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return result | {"versions": versions("trl", "liger-kernel", "accelerate")}
 
 
-def main() -> None:
-    """Measure one peer and print it; `--out` appends it to a file."""
+def command_line() -> argparse.ArgumentParser:
+    """The options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", choices=("old", "trl"), required=True)
     parser.add_argument("--model", choices=MODELS, default="3b")
@@ -202,7 +202,12 @@ def main() -> None:
     parser.add_argument("--scratch", default=None)
     parser.add_argument("--timeout", type=float, default=600)
     parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Measure one peer and print it; `--out` appends it to a file."""
+    options = command_line().parse_args()
     if options.rank:
         rank(options)
         return

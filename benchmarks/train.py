@@ -65,8 +65,8 @@ def chain(lengths: list[int], rng: np.random.Generator) -> list[Any]:
     return [row[:length].copy() for row, length in zip(made, lengths, strict=True)]
 
 
-def make_dataset(directory: Path, kind: str, tokens: int, text: str = "random", seed: int = 0) -> None:
-    """Write a dataset as `prepare` does, with at least `tokens` training tokens."""
+def make_dataset(directory: Path, kind: str, tokens: int, text: str = "random", seed: int = 0, vocabulary: int = VOCABULARY) -> None:
+    """Write a dataset as `prepare` does, with at least `tokens` training tokens. `vocabulary`: ids of random text are below."""
     from trainer.data.shards import shard_name, write_shard
     from trainer.files import write_directory
 
@@ -85,7 +85,7 @@ def make_dataset(directory: Path, kind: str, tokens: int, text: str = "random", 
             have += length
         if text == "chain":
             return chain(lengths, rng), starts
-        return [rng.integers(3, VOCABULARY, length).astype(np.int32) for length in lengths], starts
+        return [rng.integers(3, vocabulary, length).astype(np.int32) for length in lengths], starts
 
     def fill(folder: Path) -> dict[str, Any]:
         splits = {}
@@ -121,6 +121,15 @@ def configuration(options: argparse.Namespace, storage: Path) -> dict[str, Any]:
         place[last] = yaml.safe_load(value)
     return {"run": run, "storage": str(storage),
             "resources": {"workers": options.workers, "gpus_per_worker": 0 if options.cpu else 1, "cpus_per_worker": 1, "max_failures": 0}}
+
+
+def lost_share(lines: list[dict[str, Any]]) -> float | None:
+    """Share of the time from the first of these steps to the last that was neither forward and backward nor the optimizer: waiting for
+    data, logging, evaluations, saves, and whatever else the loop does. None if there are not two steps."""
+    if len(lines) < 2:
+        return None
+    computing = sum(line["seconds"]["forward_backward"] + line["seconds"]["optimizer"] for line in lines[1:])
+    return round(1 - computing / (lines[-1]["time"] - lines[0]["time"]), 5)
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -161,6 +170,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 "slowest_step_beyond_usual": round(max(sum(line["seconds"].values()) for line in steady) - usual, 3),
                 "lost_seconds": round(sum(max(0.0, sum(line["seconds"].values()) - usual) for line in steady), 3),
                 "saved": [line.split(") ", 1)[-1][:160] for line in told]}
+            result["lost_share"] = lost_share(lines[options.warm - 1:-1])
         if options.curve:
             result["losses"] = [round(line["loss"], 4) for line in lines]
         if code != 0:

@@ -3,13 +3,15 @@
     python benchmarks/unequal.py --share 0.5                        # two workers on two cores, one held to half of its core
     python benchmarks/unequal.py --share 0.333 --repeats 3 --out benchmarks/results/cpu.jsonl
     python benchmarks/unequal.py --gpus 2 --slowdown 1.75 --model 1b --timeout 540
+    python benchmarks/unequal.py --gpus 4 --nodes 2 --slowdown 1.3 1.75 3 --model 1b                 # two and two, hybrid shard groups
 
 On the CPU each worker has a core of its own and one thread; one is held to a share of its core by the kernel's CPU quota (10 ms periods;
 without the right to set one, by stopping and continuing it at the same period). Compared are, in turns: each worker alone (both at the same
 time, no communication), the two together with equal budgets, the two together with budgets by speed.
 
-On GPUs, another process occupies one GPU for part of the time, so that it is slower by about `--slowdown`. There the sum of what each
-can do is taken from two workers on free GPUs and two workers on occupied ones, each pair with equal budgets (a 7B needs two GPUs).
+On GPUs, another process occupies one GPU (`--nodes`: those of one shard group) for part of the time, so that it is slower by about
+`--slowdown`. There the sum of what each can do is taken from workers on free GPUs and workers on occupied ones, each with equal budgets
+(a 7B needs two GPUs).
 
 All rows have one length that divides every budget, so a step holds the same rows however they are dealt, and the loss curves must agree but
 for the order of sums (`loss_difference`: largest relative difference of a step). Prints one JSON object a share or slowdown: tokens/s
@@ -20,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import signal
 import statistics
@@ -34,9 +35,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import yaml
 from record import record
-from train import CONTEXT, MODELS, REPOSITORY, VOCABULARY, make_dataset, versions
+from runs import Nodes, Run
+from train import CONTEXT, MODELS, VOCABULARY, versions
 
 PERIOD_S = 0.01
 """Period in which a worker gets its share of a core."""
@@ -149,55 +150,22 @@ def configuration(options: argparse.Namespace, storage: Path, workers: int, bala
                 "data": {"path": "made.jsonl", "max_tokens": CONTEXT},
                 "train": {"epochs": 1, "tokens_per_step": options.tokens, "micro_batch_tokens": options.tokens, "schedule": "constant",
                           "learning_rate": 1e-5 if gpu else 1e-3, "eval_every": 10**6, "eval_rows": 8},
-                "engine": {"kind": "fsdp", "reduce_dtype": "bfloat16" if gpu else "float32", "zero_stage": 3 if gpu else 2},
+                "engine": {"kind": "fsdp", "reduce_dtype": "bfloat16" if gpu else "float32", "zero_stage": 3 if gpu else 2,
+                           "shard_group": "node" if options.nodes > 1 else "world"},
                 "checkpoint": {"every_minutes": 10**6}},
         "resources": {"workers": workers, "gpus_per_worker": 1 if gpu else 0, "cpus_per_worker": 1, "max_failures": 0, "balance": balance}}
 
 
-class Run:
-    """One `python -m trainer train`, ended as soon as it has told of enough steps."""
+class Measured(Run):
+    """One run, watched until it has told of enough steps."""
 
-    def __init__(self, options: argparse.Namespace, folder: Path, workers: int, balance: str = "equal", steps: int = 0) -> None:
-        self.steps, self.metrics = steps or options.steps, folder / "runs/unequal/metrics.jsonl"
-        make_dataset(folder / "runs/unequal/dataset", "even", (options.steps + 20) * options.tokens, "chain")
-        (folder / "run.yaml").write_text(yaml.safe_dump(configuration(options, folder, workers, balance)))
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        environment.pop("RAY_ADDRESS", None)
-        self.log = open(folder / "log", "a")  # noqa: SIM115 (closed by `end`)
-        self.process = subprocess.Popen([sys.executable, "-m", "trainer", "train", "--config", str(folder / "run.yaml")], cwd=REPOSITORY,
-                                        stdout=self.log, stderr=subprocess.STDOUT, env=environment)
-
-    def workers(self, count: int, deadline: float) -> list[int]:
-        """Processes of Ray's training workers, once they are there."""
-        while time.monotonic() < deadline and self.process.poll() is None:
-            found = []
-            for child in psutil.Process(self.process.pid).children(recursive=True):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    found += [child.pid] if "RayTrainWorker" in " ".join(child.cmdline()) else []
-            if len(found) == count:
-                return sorted(found)
-            time.sleep(0.1)
-        raise SystemExit(f"The workers did not start.\n{Path(self.log.name).read_text(errors='replace')[-3000:]}")
-
-    def lines(self) -> list[dict[str, Any]]:
-        """Steps that were told of."""
-        text = self.metrics.read_text() if self.metrics.exists() else ""
-        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    def __init__(self, options: argparse.Namespace, folder: Path, workers: int, balance: str = "equal", steps: int = 0,
+                 environment: dict[str, str] | None = None) -> None:
+        self.steps = steps or options.steps
+        super().__init__(configuration(options, folder, workers, balance), folder, (options.steps + 20) * options.tokens, environment)
 
     def done(self) -> bool:
         return self.process.poll() is not None or len(self.lines()) >= self.steps
-
-    def end(self) -> None:
-        """End the run without its last checkpoint: this process's children only."""
-        family = []
-        with contextlib.suppress(psutil.NoSuchProcess):
-            family = psutil.Process(self.process.pid).children(recursive=True)
-        for member in [*family, self.process]:
-            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
-                member.kill()
-        self.process.wait()
-        psutil.wait_procs(family, timeout=20)
-        self.log.close()
 
     def result(self) -> dict[str, Any]:
         """Speed, budgets and losses."""
@@ -207,7 +175,7 @@ class Run:
         changed = max((step for (step, _), now, then in zip(told, budgets, budgets[1:], strict=False) if now != then), default=0)
         steady = [line for line in lines if line["step"] > max(WARM, changed + 2)]
         if not steady:
-            raise SystemExit(f"No steps were told of.\n{Path(self.log.name).read_text(errors='replace')[-3000:]}")
+            raise SystemExit(f"No steps were told of.\n{self.told()}")
         last = told[-1][1]
         return {"tokens_per_second": statistics.median(line["tokens"] / sum_of(line) for line in steady), "steps": len(steady),
                 "budgets": budgets[-1], "waiting": [round(rank["wait"] / last["seconds"], 3) for rank in last["ranks"]],
@@ -219,17 +187,17 @@ def sum_of(line: dict[str, Any]) -> float:
     return float(line["tokens"] / line["tokens_per_second"])
 
 
-def wait_for(runs: list[Run], deadline: float) -> None:
+def wait_for(runs: list[Measured], deadline: float) -> None:
     """Until all have told of enough steps, or the time is up."""
     while not all(run.done() for run in runs) and time.monotonic() < deadline:
         time.sleep(0.2)
 
 
 @contextlib.contextmanager
-def started(options: argparse.Namespace, *arguments: Any, **keywords: Any) -> Iterator[Run]:
+def started(options: argparse.Namespace, *arguments: Any, **keywords: Any) -> Iterator[Measured]:
     """A run in a folder of its own."""
     with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
-        run = Run(options, Path(folder), *arguments, **keywords)
+        run = Measured(options, Path(folder), *arguments, **keywords)
         try:
             yield run
         finally:
@@ -261,8 +229,11 @@ def together(options: argparse.Namespace, balance: str, share: float, deadline: 
 
 
 def pair(options: argparse.Namespace, balance: str, slow: list[int], slowdown: float, deadline: float) -> dict[str, Any]:
-    """Two workers on GPUs, of which those in `slow` are occupied."""
-    with occupied(slow, slowdown), started(options, options.gpus, balance) as run:
+    """Workers on GPUs, of which those in `slow` are occupied; with several nodes as shard groups of one node each."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(occupied(slow, slowdown))
+        nodes = stack.enter_context(Nodes(options.nodes, options.gpus // options.nodes, gpus=True)) if options.nodes > 1 else None
+        run = stack.enter_context(started(options, options.gpus, balance, environment=nodes.environment if nodes else None))
         wait_for([run], deadline)
         return run.result()
 
@@ -309,20 +280,21 @@ def on_cpu(options: argparse.Namespace, share: float) -> dict[str, Any]:
 def on_gpus(options: argparse.Namespace, slowdown: float) -> dict[str, Any]:
     """Two workers on free GPUs, on unequal ones with equal budgets and with budgets by speed, on occupied ones."""
     deadline = time.monotonic() + options.timeout
-    last = options.gpus - 1
-    plan: dict[str, tuple[str, list[int]]] = {"free": ("equal", []), "balanced": ("speed", [last]), "equal": ("equal", [last]),
+    slow = list(range(options.gpus))[-(options.gpus // options.nodes if options.nodes > 1 else 1):]
+    plan: dict[str, tuple[str, list[int]]] = {"free": ("equal", []), "balanced": ("speed", slow), "equal": ("equal", slow),
                                               "occupied": ("equal", list(range(options.gpus)))}
     runs: dict[str, dict[str, Any]] = {}
-    for number, (name, (balance, slow)) in enumerate(plan.items()):
+    for number, (name, (balance, busy)) in enumerate(plan.items()):
         left = deadline - time.monotonic()
         try:
-            runs[name] = pair(options, balance, slow, slowdown, time.monotonic() + left / (len(plan) - number))
+            runs[name] = pair(options, balance, busy, slowdown, time.monotonic() + left / (len(plan) - number))
         except SystemExit as error:
             runs[name] = {"error": str(error)}
     result: dict[str, Any] = {"slowdown": slowdown, "runs": {k: {i: j for i, j in v.items() if i != "losses"} for k, v in runs.items()}}
     if all("error" not in r for r in runs.values()):
         rate = {name: r["tokens_per_second"] for name, r in runs.items()}
-        whole = rate["occupied"] / options.gpus + rate["free"] * (options.gpus - 1) / options.gpus
+        share = len(slow) / options.gpus
+        whole = rate["occupied"] * share + rate["free"] * (1 - share)
         result |= {"slowdown_measured": round(rate["free"] / rate["occupied"], 3), "balanced_of_sum": round(rate["balanced"] / whole, 4),
                    "equal_of_sum": round(rate["equal"] / whole, 4), "gain": round(rate["balanced"] / rate["equal"], 4),
                    "loss_difference": {"balanced_to_equal": difference(runs["balanced"], runs["equal"]),
@@ -330,11 +302,12 @@ def on_gpus(options: argparse.Namespace, slowdown: float) -> dict[str, Any]:
     return result
 
 
-def main() -> None:
-    """Measure and print; `--out` appends to a file."""
+def command_line() -> argparse.ArgumentParser:
+    """The options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--share", type=float, nargs="*", default=[0.5, 1 / 3], help="shares of a core that the slow worker gets")
     parser.add_argument("--gpus", type=int, default=0, help="workers on GPUs instead, the last one slowed")
+    parser.add_argument("--nodes", type=int, default=1, help="shard groups that the GPUs are cut into, all of the last slowed")
     parser.add_argument("--slowdown", type=float, nargs="*", default=[1.75])
     parser.add_argument("--model", choices=MODELS, default="", help="default: tiny on the CPU, 1b on GPUs")
     parser.add_argument("--tokens", type=int, default=16384, help="tokens of a step over all workers")
@@ -344,7 +317,12 @@ def main() -> None:
     parser.add_argument("--scratch", default=None)
     parser.add_argument("--out", default="")
     parser.add_argument("--occupy", type=float, default=0.0, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Measure and print; `--out` appends to a file."""
+    options = command_line().parse_args()
     if options.occupy:
         occupy(options.occupy)
     options.model = options.model or ("1b" if options.gpus else "tiny")

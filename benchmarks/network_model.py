@@ -29,8 +29,8 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 MIXED = {"workers": 16, "node_workers": 4, "groups": [{"name": "a100", "gpu": "A100-80GB", "workers": 12},
                                                       {"name": "h100", "gpu": "H100-80GB", "workers": 4}]}
 SHARDINGS: dict[str, dict[str, Any]] = {
-    "FSDP, flat, stage 3": {"engine": {}},
-    "FSDP, flat, stage 2": {"engine": {"zero_stage": 2}},
+    "FSDP, flat, stage 3": {"engine": {"shard_group": "world"}},
+    "FSDP, flat, stage 2": {"engine": {"shard_group": "world", "zero_stage": 2}},
     "DeepSpeed ZeRO-3, flat": {"engine": {"kind": "deepspeed"}},
     "DeepSpeed ZeRO-1": {"engine": {"kind": "deepspeed", "zero_stage": 1}},
     "FSDP, hybrid": {"engine": {"shard_group": "node"}},

@@ -248,8 +248,9 @@ class EngineConfig:
     """What is sharded: optimizer (1), and gradients (2), and weights (3). FSDP takes 2 (weights stay gathered after forward) or 3."""
     offload: Literal["none", "cpu", "nvme"] = "none"
     """Where optimizer state and master weights live; `nvme` needs resources.scratch."""
-    shard_group: Literal["world", "node"] = "world"
-    """FSDP: shard over all workers, or inside a node (one GPU type) and replicate across nodes."""
+    shard_group: Literal["auto", "world", "node"] = "auto"
+    """FSDP: shard over all workers, or inside a node (one GPU type) and replicate across nodes; `auto` shards inside a node where there
+    are several, each with the same number of workers (more than one), and one node's GPUs hold the state."""
     checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
     """Activation checkpointing; `auto` takes the least that `plan` finds to fit the memory."""
     activation_budget: float = limited(0.6, "Give a share above 0, at most 1.", above=0, maximum=1)
@@ -263,7 +264,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         check_limits(self, "run.engine")
-        check(self.kind == "fsdp" or self.shard_group == "world", "run.engine.shard_group", self.shard_group,
+        check(self.kind == "fsdp" or self.shard_group != "node", "run.engine.shard_group", self.shard_group,
               "DeepSpeed shards over the world here; use run.engine.kind: fsdp for hybrid sharding.")
         check(self.kind == "fsdp" or self.float8 == "none", "run.engine.float8", self.float8, "FP8 needs run.engine.kind: fsdp.")
         check(self.kind == "deepspeed" or self.zero_stage != 1, "run.engine.zero_stage", self.zero_stage,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,9 @@ def train(engine: Engine, shards: TokenShards, first: int, last: int, micro: int
 
 
 @contextlib.contextmanager
-def engine_of(rank: int, world: int, tokens: int | None = None, **config: Any) -> Iterator[Engine]:
+def engine_of(rank: int, world: int, tokens: int | None = None, node: int = 0, **config: Any) -> Iterator[Engine]:
+    """`node`: ranks of a node (0: all are on one)."""
+    os.environ["LOCAL_WORLD_SIZE"] = str(node or world)
     engine = make_engine(make_config(**config), CPU, rank, world, tokens)
     try:
         yield engine
@@ -147,10 +150,7 @@ def sharded_adapters(rank: int, world: int, data: str, **config: Any) -> list[tu
 
 def hybrid(rank: int, world: int, data: str, node: int, micro: list[int] | None = None) -> dict[str, Any]:
     """FSDP in groups of `node` ranks: the loss curve, and how many elements this rank holds and would write."""
-    import os
-
-    os.environ["LOCAL_WORLD_SIZE"] = str(node)
-    with engine_of(rank, world, engine={"shard_group": "node"}) as engine:
+    with engine_of(rank, world, node=node, engine={"shard_group": "node"}) as engine:
         pieces = engine.pieces()
         return {"curve": train(engine, TokenShards(Path(data), "train"), 0, STEPS, micro[rank] if micro else 2),
                 "held": sum(p.tensor.numel() for p in pieces), "written": sum(p.tensor.numel() for p in pieces if p.owned)}

@@ -9,20 +9,24 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.trainer import test_golden_curves as curves
 from tests.trainer.engine_cases import Held
 from tests.trainer.golden.regenerate import CASES
 from tests.trainer.ranks import Ranks
-from tests.trainer.test_golden_curves import ENGINES, TOLERANCE, flat, golden
+from tests.trainer.test_golden_curves import TOLERANCE, flat, golden
 
 pytestmark = pytest.mark.timeout(900)  # many runs in one world: the first test of a module waits for all
 STEP = 3
+ENGINES: dict[str, dict[str, Any]] = {**curves.ENGINES, "hybrid": {"engine": {"kind": "fsdp", "shard_group": "node"}, "node": 1}}
+"""`hybrid`: shard groups of one rank, each on a node of its own, which hold the same state."""
 SAVES = [("full", "fsdp3", 2), ("full", "fsdp2", 2), ("full", "zero1", 2), ("full", "zero2", 2), ("full", "zero3", 2),
          ("lora", "fsdp3", 2), ("lora", "zero1", 2), ("lora", "zero3", 2), ("full-tied", "fsdp3", 2),
-         ("full", "fsdp3", 3), ("full", "zero3", 3), ("full-tied", "zero2", 3), ("lora-new-tokens", "fsdp3", 3)]
+         ("full", "hybrid", 2), ("full", "fsdp3", 3), ("full", "zero3", 3), ("full-tied", "zero2", 3), ("lora-new-tokens", "fsdp3", 3)]
 """(case, engine, world) of the states that are saved after STEP steps."""
 SAME = [s for s in SAVES if s[2] == 2]
 OTHER = [(("full", "zero3", 3), ("fsdp3", 2)), (("full", "fsdp3", 3), ("zero2", 2)), (("full", "zero1", 2), ("fsdp3", 1)),
          (("full", "zero2", 2), ("zero3", 1)), (("full", "fsdp2", 2), ("zero1", 3)), (("full-tied", "fsdp3", 2), ("zero3", 3)),
+         (("full", "hybrid", 2), ("fsdp3", 3)), (("full", "zero3", 2), ("hybrid", 2)), (("full", "hybrid", 2), ("zero2", 1)),
          (("full-tied", "zero2", 3), ("fsdp3", 1)), (("lora", "zero3", 2), ("fsdp3", 3)), (("lora-new-tokens", "fsdp3", 3), ("zero2", 1))]
 """A state, and the engine and world that go on from it."""
 Save = tuple[str, str, int]

@@ -156,7 +156,7 @@ def test_mixed_groups_get_tokens_by_speed() -> None:
     assert a100.step is not None and h100.step is not None
     assert a100.step.compute == pytest.approx(h100.step.compute, rel=0.06)  # nobody waits
     assert a100.load.micro_batches == h100.load.micro_batches
-    flat = plan(make(MIXED, train={"tokens_per_step": 524288}))
+    flat = plan(make(MIXED, train={"tokens_per_step": 524288}, engine={"shard_group": "world"}))
     assert flat.tokens_per_second < 0.7 * result.tokens_per_second
     assert any("run.engine.shard_group: node" in a for a in flat.advice)
 
@@ -232,3 +232,17 @@ def test_import_is_light() -> None:
     """No torch: plan runs on an operator's machine."""
     code = "import sys, trainer.plan, trainer.schema; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_shards_stay_inside_nodes_by_themselves_where_nodes_are_alike_and_hold_the_state() -> None:
+    def layout(resources: dict[str, Any], **run: Any) -> tuple[int, int]:
+        load = plan(make(resources, **run), advise=False).groups[0].load
+        return load.shards, load.replicas
+
+    assert layout(MIXED) == (4, 4)
+    assert layout({**MIXED, "node_workers": 8}) == (16, 1), "nodes of 8, 4 and 4"
+    assert layout({"workers": 4, "gpu": "H100-80GB"}) == (4, 1), "one node"
+    assert layout({"workers": 4, "node_workers": 1, "gpu": "H200"}) == (4, 1), "a group of one would hold the whole state"
+    assert layout(MIXED, model="meta-llama/Llama-2-70b-hf")[0] == 16, "1.1 TB do not fit four GPUs of 80"
+    assert layout(MIXED, engine={"kind": "deepspeed"}) == (16, 1)
+    assert layout(MIXED, engine={"shard_group": "world"}) == (16, 1)

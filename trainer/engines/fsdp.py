@@ -38,8 +38,8 @@ def node_sizes(world: int) -> list[int]:
 
 
 def make_mesh(config: Config, device: torch.device, world: int) -> DeviceMesh:
-    """(world) or (nodes, ranks of a node). ConfigError if nodes differ in size."""
-    if config.run.engine.shard_group == "world":
+    """(world) or (nodes, ranks of a node); `auto` is decided before. ConfigError if nodes differ in size."""
+    if config.run.engine.shard_group != "node":
         return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
     sizes = node_sizes(world)
     if len(set(sizes)) != 1 or sum(sizes) != world:

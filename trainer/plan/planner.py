@@ -21,7 +21,16 @@ from trainer.plan.hardware import GIB
 from trainer.plan.memory import Memory, host_bytes, memory_of
 from trainer.plan.network import Traffic, traffic_of
 from trainer.plan.speed import StepTime, step_time, token_seconds
-from trainer.plan.workload import DEFAULT_ANSWER_SHARE, DEFAULT_ROW_TOKENS, Group, Workload, groups_of, workload_of
+from trainer.plan.workload import (
+    DEFAULT_ANSWER_SHARE,
+    DEFAULT_ROW_TOKENS,
+    Group,
+    Workload,
+    groups_of,
+    nodes_alike,
+    with_shard_group,
+    workload_of,
+)
 
 Mode = Literal["none", "selective", "full"]
 BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
@@ -157,21 +166,34 @@ def choose_checkpointing(config: Config, gpu_memory_bytes: int, model_config: Ar
     `model_config` is transformers' LlamaConfig (with the vocabulary that is trained), its fields, or an Architecture; `tokens` the
     micro-batch of this worker (default: run.train.micro_batch_tokens). `full` if nothing fits: the step then says out of memory.
     """
-    engine, train = config.run.engine, config.run.train
+    engine = config.run.engine
     if engine.checkpointing != "auto":
         return engine.checkpointing, engine.activation_budget
     if gpu_memory_bytes <= 0:
         return "none", 1.0
+    chosen = least_checkpointing(_own_load(config, gpu_memory_bytes, model_config, tokens), gpu_memory_bytes)
+    return (chosen.checkpointing, chosen.budget) if chosen else ("full", 0.0)
+
+
+def fits_worker(config: Config, gpu_memory_bytes: int, model_config: Architecture | Mapping[str, Any] | Any, tokens: int = 0) -> bool:
+    """Whether this worker's GPU holds its part, with the configured checkpointing or, for `auto`, any. Arguments as above."""
+    load = _own_load(config, gpu_memory_bytes, model_config, tokens)
+    if config.run.engine.checkpointing == "auto":
+        return least_checkpointing(load, gpu_memory_bytes) is not None
+    return memory_of(load, gpu_memory_bytes).total <= gpu_memory_bytes
+
+
+def _own_load(config: Config, gpu_memory_bytes: int, model_config: Architecture | Mapping[str, Any] | Any, tokens: int) -> Workload:
+    """What this worker does in a step."""
+    train = config.run.train
     if not isinstance(model_config, Architecture):
         model_config = Architecture.of(model_config if isinstance(model_config, Mapping) else model_config.to_dict())
     workers = config.resources.workers
     group = Group("this worker", None, workers, max(1, min(workers, config.resources.node_workers or 8)), gpu_memory_bytes, 0)
     on_gpu = replace(config, resources=replace(config.resources, gpus_per_worker=1.0))
     share = 1.0 if config.run.data.loss_on == "all" else DEFAULT_ANSWER_SHARE
-    load = workload_of(on_gpu, model_config, group, tokens or train.micro_batch_tokens,
+    return workload_of(on_gpu, model_config, group, tokens or train.micro_batch_tokens,
                        max(1, round(train.tokens_per_step / workers / (tokens or train.micro_batch_tokens))), share)
-    chosen = least_checkpointing(load, gpu_memory_bytes)
-    return (chosen.checkpointing, chosen.budget) if chosen else ("full", 0.0)
 
 
 def _loads(config: Config, model: Architecture, groups: list[Group], facts: DatasetFacts | None) -> list[Workload]:
@@ -201,9 +223,24 @@ def _loads(config: Config, model: Architecture, groups: list[Group], facts: Data
     return loads
 
 
+def _node_sizes(groups: list[Group]) -> list[int]:
+    """Workers of each node."""
+    return [min(g.node_workers, g.workers - i * g.node_workers) for g in groups for i in range(g.nodes)]
+
+
+def _resolved(config: Config, groups: list[Group], facts: DatasetFacts | None) -> Config:
+    """The configuration with `shard_group: auto` decided as the run decides it (trainer/engines/choose.py)."""
+    if config.run.engine.shard_group != "auto":
+        return config
+    by_node = with_shard_group(config, "node") if config.run.engine.kind == "fsdp" and nodes_alike(_node_sizes(groups)) else None
+    if by_node is not None and plan(by_node, facts, advise=False).fits:
+        return by_node
+    return with_shard_group(config, "world")
+
+
 def _layout(config: Config, groups: list[Group]) -> None:
     """ConfigError for a layout that the engine refuses."""
-    sizes = sorted({min(g.node_workers, g.workers - i * g.node_workers) for g in groups for i in range(g.nodes)})
+    sizes = sorted(set(_node_sizes(groups)))
     if config.run.engine.shard_group == "node" and len(sizes) > 1:
         raise ConfigError("run.engine.shard_group", "node", f"Nodes hold {sizes} workers; shard groups must be of one size. Give each node "
                           "the same number of workers (resources.groups, node_workers), or shard over the world.")
@@ -226,6 +263,7 @@ def plan(config: Config, facts: DatasetFacts | None = None, advise: bool = True)
     name, model = of_config(config)
     facts = facts or dataset_facts(config)
     groups = groups_of(config)
+    config = _resolved(config, groups, facts)
     _layout(config, groups)
     loads = _loads(config, model, groups, facts)
     nodes = sum(g.nodes for g in groups)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -56,6 +57,17 @@ def groups_of(config: Config) -> list[Group]:
         return [group("all", "resources.gpu", r.workers, r.gpu, r.memory_gb, 0, 0)]
     return [group(g.name, "resources.groups.gpu", g.workers, g.gpu or r.gpu, g.memory_gb or r.memory_gb, g.network_gbps, g.node_workers)
             for g in r.groups]
+
+
+def nodes_alike(sizes: Sequence[int]) -> bool:
+    """Whether nodes with these numbers of workers can be shard groups that spare the network between them: several, alike, of more than
+    one worker. (Groups of one would hold the whole state on every GPU.)"""
+    return len(sizes) > 1 and len(set(sizes)) == 1 and sizes[0] > 1
+
+
+def with_shard_group(config: Config, group: Literal["world", "node"]) -> Config:
+    """The configuration with another run.engine.shard_group."""
+    return replace(config, run=replace(config.run, engine=replace(config.run.engine, shard_group=group)))
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,11 @@ CALLS: dict[str, list[Row]] = {
         Row(f"{FULL_7B} --workers 2 --set engine.zero_stage=2", 130, "7B full bf16: 13,800 a GPU"),
         Row(f"{FULL_7B} --workers 2 --set engine.zero_stage=2 --float8 tensorwise", 130, "the same, FP8: 19,500 a GPU"),
     ],
+    "2xH200-engines": [
+        Row("train.py --model 1b --rows qca --workers 2 --steps 14", 110, "1.2B full, FSDP2, beside DeepSpeed"),
+        Row("train.py --model 1b --rows qca --workers 2 --steps 14 --engine deepspeed", 110, "the same, DeepSpeed ZeRO-3"),
+        Row("train.py --model 1b --rows qca --workers 2 --steps 14 --set engine.zero_stage=2", 110, "the same, FSDP2 stage 2"),
+    ],
     "2xH200-recipe": [
         Row("peers.py --peer old --model 7b --rows qa --gpus 2", 140, "the old recipe, 7B, qa: ours 9.5 times as fast", "peers"),
         Row("peers.py --peer old --model 7b --rows qca --gpus 2", 140, "the same, qca: 2.1 times", "peers"),

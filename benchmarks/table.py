@@ -1,4 +1,4 @@
-"""The tables of measured figures in README.md and docs/reliability.md, made from benchmarks/results/.
+"""The tables of measured figures in README.md and docs/, made from benchmarks/results/.
 
     python benchmarks/table.py            # print them
     python benchmarks/table.py --write    # put them between the files' markers
@@ -46,14 +46,14 @@ def describe(case: dict[str, Any]) -> str:
 
 def speed() -> Iterator[str]:
     """Rows of the table of training speed."""
-    yield "| GPUs | model and method | tokens/s a GPU | MFU (of the bf16 peak) |"
-    yield "|---|---|---|---|"
+    yield "| GPUs | model and method | tokens/s a GPU | MFU (of the bf16 peak) | first step after |"
+    yield "|---|---|---|---|---|"
     for machine in sorted(path.stem for path in RESULTS.glob("*xH*.jsonl")):
         newest: dict[tuple[str, str], str] = {}
         for result in cases(machine):
             key = (result["case"]["model"], describe(result["case"]))
             newest[key] = (f"| {machine.replace('x', ' x ')} | {NAMES[key[0]]}, {key[1]} | {result['tokens_per_second_per_worker']:,.0f} | "
-                           f"{result['mfu']:.1%} |")
+                           f"{result['mfu']:.1%} | {result['first_step_seconds_after_start']:.0f} s |")
         yield from newest.values()
 
 
@@ -99,7 +99,38 @@ def faults() -> Iterator[str]:
                f"{statistics.median(seconds):.0f} s, {max(seconds):.0f} s |")
 
 
-TABLES = {"README.md": lambda: [*speed(), *peers(), *starts()], "docs/reliability.md": lambda: [*faults()]}
+def one(machine: str, **case: Any) -> dict[str, Any]:
+    """The oldest result whose case has these values."""
+    return next(d for d in cases(machine) if all(d["case"].get(k) == v for k, v in case.items()))
+
+
+def engines() -> Iterator[str]:
+    """Rows of the table behind the decisions on engines: what was measured before and after, or with and without."""
+    bf16 = {"method": "full", "float8": "none", "engine": "fsdp"}
+    kept = {"workers": 2, "set": ["engine.zero_stage=2"]}
+    dropped = one("2xH200", model="7b", set=["checkpoint.every_steps=8"], **bf16)
+    pairs = [
+        ("AdamW in one kernel: optimizer, ms", "3.5B, 1 x H100", "optimizer", one("1xH100", model="3b", accumulate=1),
+         one("1xH100", model="3b", accumulate=2)),
+        ("AdamW in one kernel: optimizer, ms", "7B, 1 x H200", "optimizer", one("1xH200", model="7b", accumulate=1, **bf16),
+         one("1xH200", model="7b", accumulate=4, float8="tensorwise")),
+        ("micro-batches of 8,192 without recomputation: MFU", "3.5B, 1 x H100", "mfu", one("1xH100", model="3b", accumulate=2),
+         one("1xH100", model="3b", accumulate=4)),
+        ("gathered weights kept: tokens/s a GPU", "7B, 2 x H200", "speed", dropped, one("2xH200", model="7b", **bf16, **kept)),
+        ("FP8 tensorwise, gathered weights kept: tokens/s a GPU", "7B, 2 x H200", "speed", one("2xH200", model="7b", **bf16, **kept),
+         one("2xH200", model="7b", float8="tensorwise", **kept)),
+        ("FP8 rowwise: tokens/s a GPU", "7B, 2 x H200", "speed", dropped, one("2xH200", model="7b", float8="rowwise")),
+    ]
+    yield "| change: figure | model, GPUs | without | with |"
+    yield "|---|---|---|---|"
+    shown = {"optimizer": lambda d: f"{1e3 * d['seconds']['optimizer']:.0f}", "mfu": lambda d: f"{d['mfu']:.1%}",
+             "speed": lambda d: f"{d['tokens_per_second_per_worker']:,.0f}"}
+    for name, where, figure, without, with_it in pairs:
+        yield f"| {name} | {where} | {shown[figure](without)} | {shown[figure](with_it)} |"
+
+
+TABLES = {"README.md": lambda: [*speed(), *peers(), *starts()], "docs/reliability.md": lambda: [*faults()],
+          "docs/decisions/engines.md": lambda: [*engines()]}
 """File, and the lines between its markers."""
 
 

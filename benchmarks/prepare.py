@@ -1,7 +1,7 @@
 """Preparation speed and memory: `trainer.data.prepare` against `datasets.map`, the same tokenizer on the same rows in one run.
 
     python benchmarks/prepare.py --rows 20000 --tokenizer DIR --repeat 3 --out benchmarks/results/prepare.jsonl
-    python benchmarks/prepare.py --rows 211000 --tokenizer DIR --only ours --out benchmarks/results/prepare.jsonl   # memory
+    python benchmarks/prepare.py --rows 2000000 --short --tokenizer DIR --only ours --out benchmarks/results/prepare.jsonl   # memory
 
 Rows are synthetic, with PubMedQA's lengths (question and answer of some 90 tokens, with the abstract some 430), cut at 512 tokens.
 `datasets.map` gets what a user would write: load the JSON lines, render, tokenise prompt and completion in batches, cut the prompt,
@@ -36,8 +36,9 @@ from train import versions
 SAMPLE = Path(__file__).parent.parent / "trainer" / "data" / "sample" / "pubmedqa-sample.jsonl"
 
 
-def rows(count: int, seed: int = 0) -> Iterator[dict[str, Any]]:
-    """Rows of the hub's form made of the shipped sample's sentences, with words exchanged, so that no two are alike."""
+def rows(count: int, short: bool = False, seed: int = 0) -> Iterator[dict[str, Any]]:
+    """Rows of the hub's form made of the shipped sample's sentences, with words exchanged, so that no two are alike. `short`: without
+    context, one sentence an answer."""
     rng = random.Random(seed)
     sample = [json.loads(line) for line in SAMPLE.read_text(encoding="utf-8").splitlines()]
     sentences = [s for row in sample for text in (*row["contexts"], row["long_answer"]) for s in re.split(r"(?<=[.])\s+", text)]
@@ -50,9 +51,10 @@ def rows(count: int, seed: int = 0) -> Iterator[dict[str, Any]]:
         return " ".join(parts)
 
     for number in range(count):
-        contexts = [" ".join(sentence() for _ in range(rng.randint(1, 5))) for _ in range(rng.randint(2, 6))]
+        contexts = [] if short else [" ".join(sentence() for _ in range(rng.randint(1, 5))) for _ in range(rng.randint(2, 6))]
+        answer = " ".join(sentence() for _ in range(1 if short else rng.randint(1, 3)))
         yield {"pubid": 10_000_000 + number, "question": sentence().rstrip(".") + "?", "context": {"contexts": contexts},
-               "long_answer": " ".join(sentence() for _ in range(rng.randint(1, 3))), "final_decision": rng.choice(["yes", "no", "maybe"])}
+               "long_answer": answer, "final_decision": rng.choice(["yes", "no", "maybe"])}
 
 
 def ours(storage: Path, processes: int) -> dict[str, Any]:
@@ -129,6 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--tokenizer", type=Path, help="directory with the tokenizer's files")
+    parser.add_argument("--short", action="store_true", help="rows without context, five times as many in the same time: memory by rows")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--only", choices=["ours", "map"])
     parser.add_argument("--repeat", type=int, default=1, help="runs of each side, alternating; medians")
@@ -147,9 +150,9 @@ def main() -> None:
         storage = Path(folder)
         shutil.copytree(arguments.tokenizer, storage / "tokenizer")
         with open(storage / "rows.jsonl", "w", encoding="utf-8") as file:
-            for row in rows(arguments.rows):
+            for row in rows(arguments.rows, arguments.short):
                 file.write(json.dumps(row) + "\n")
-        result: dict[str, Any] = {"rows": arguments.rows, "processes": arguments.processes,
+        result: dict[str, Any] = {"rows": arguments.rows, "short": arguments.short, "processes": arguments.processes,
                                   "megabytes": (storage / "rows.jsonl").stat().st_size >> 20}
         sides = ["ours", "map"] if arguments.only is None else [arguments.only]
         turns: list[dict[str, dict[str, Any]]] = []

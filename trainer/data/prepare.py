@@ -45,8 +45,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SHARD_TOKENS = 8 << 20
-BUCKET_ROWS = 1 << 20
-"""Rows whose hashes are compared at a time."""
+BUCKET_ROWS = 1 << 18
+"""Rows whose hashes are compared at a time: some 20 MB."""
 POOL_BYTES = 16 << 20
 """Smaller sources are prepared in this process: starting others would take longer."""
 REJECT_SAMPLES = 20

@@ -50,6 +50,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "ZeRO-3": {"kind": "deepspeed"},
 }
 """Ways of sharding, as fields of run.engine."""
+ROW = 128
+"""Tokens of every row (`even` of train.py)."""
 WARM = 1
 """First steps that do not count."""
 NETWORK = "10.77.0"
@@ -99,7 +101,7 @@ def configuration(options: argparse.Namespace, storage: Path, kind: str, micro_b
     workers = options.nodes * options.node_workers
     return {"storage": str(storage), "id": "slow",
             "run": {"name": "slow", "model": {"path": "none", "dtype": "float32", "architecture": ARCHITECTURE},
-                    "data": {"path": "made.jsonl", "max_tokens": CONTEXT},
+                    "data": {"path": "made.jsonl", "max_tokens": ROW},
                     "train": {"epochs": 1000, "max_steps": options.steps, "tokens_per_step": options.micro * micro_batches * workers,
                               "micro_batch_tokens": options.micro, "eval_every": 10**6, "eval_rows": 8},
                     "engine": KINDS[kind], "checkpoint": {"every_minutes": 10**6, "keep_best": 0}},
@@ -188,10 +190,10 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, default=2)
     parser.add_argument("--node-workers", type=int, default=2)
     parser.add_argument("--gbps", type=float, nargs="+", default=[100.0], help="bandwidths between GPU servers whose ratio is made")
-    parser.add_argument("--micro", type=int, default=512, help="tokens of a micro-batch")
+    parser.add_argument("--micro", type=int, default=256, help="tokens of a micro-batch")
     parser.add_argument("--micro-batches", type=int, default=4, help="micro-batches a step")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--timeout", type=float, default=600, help="seconds for one run")
     parser.add_argument("--scratch", default=None)
     parser.add_argument("--out", default="")

@@ -6,7 +6,7 @@
     python benchmarks/kills.py --gpus 2 --model 1b --elastic --kills 1
 
 The run is compared with an undisturbed one of the same seed and workers, every step's loss bit for bit. A kill comes at a random moment
-within two checkpoint intervals after the run has gone on; which worker dies is random too. `--elastic`: each worker has a Ray node of its
+within one and a half checkpoint intervals after the run has gone on; which worker dies is random too. `--elastic`: each worker has a Ray node of its
 own; at the end one node is taken away, the run goes on with one worker fewer, and with all when a node is there again. Those steps have
 the same rows (their losses differ by the order of sums). Exits with 1 if losses or rows differ.
 
@@ -64,7 +64,7 @@ def wait(run: Run, seconds: float, what: str, condition: Any) -> Any:
 def kill(options: argparse.Namespace, run: Run, chosen: random.Random) -> dict[str, Any]:
     """One worker dies at a random step; returns after the first step of the workers that follow."""
     begin = (run.lines() or [{"step": 0}])[-1]["step"]
-    at = begin + chosen.randint(1, 2 * options.every)
+    at = begin + chosen.randint(1, options.every * 3 // 2 + 1)
     wait(run, options.timeout, f"step {at}", lambda: (run.lines() or [{"step": 0}])[-1]["step"] >= at)
     pids = run.workers(options.gpus or 2, time.monotonic() + 60, os.getpid())
     victim = chosen.randrange(len(pids))

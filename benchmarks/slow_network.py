@@ -54,7 +54,7 @@ ROW = 128
 """Tokens of every row (`even` of train.py)."""
 WARM = 1
 """First steps that do not count."""
-NETWORK = "10.77.0"
+NETWORK = "192.168.199"
 
 
 class Cluster:

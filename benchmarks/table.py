@@ -11,14 +11,15 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "benchmarks/results"
 NAMES = {"1b": "1.2B Llama", "3b": "3.5B Llama", "7b": "Llama 2 7B", "13b": "Llama 2 13B", "70b": "Llama 2 70B"}
-BEGIN, END = "<!-- benchmarks/table.py -->", "<!-- end -->"
+END = "<!-- end -->"
 
 
 def results(name: str) -> list[dict[str, Any]]:
@@ -129,16 +130,75 @@ def engines() -> Iterator[str]:
         yield f"| {name} | {where} | {shown[figure](without)} | {shown[figure](with_it)} |"
 
 
-TABLES = {"README.md": lambda: [*speed(), *peers(), *starts()], "docs/reliability.md": lambda: [*faults()],
-          "docs/decisions/engines.md": lambda: [*engines()]}
-"""File, and the lines between its markers."""
+def preparation() -> Iterator[str]:
+    """Rows of the table of preparation: the newest result of each number of rows."""
+    yield ""
+    yield "| preparation, two processes on two cores | rows/s | CPU seconds | private memory, most |"
+    yield "|---|---|---|---|"
+    newest = {(d["rows"], d["short"]): d for d in results("prepare")}
+    for (rows, short), d in sorted(newest.items()):
+        for side, name in (("ours", "this project"), ("map", "`datasets.map`, no checks, no duplicates removed")):
+            if side in d:
+                yield (f"| {rows:,} rows {'without' if short else 'with'} context: {name} | {d[side]['rows_per_second']:,} | "
+                       f"{d[side]['cpu_seconds']:,.0f} | {d[side]['peak_private_mib']:,.0f} MiB |")
 
 
-def written(name: str) -> str:
-    """A file with its table as it should be."""
-    before, _, rest = (REPOSITORY / name).read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return "\n".join([before + BEGIN, *TABLES[name](), END + after])
+def kills() -> Iterator[str]:
+    """Rows of the table of workers killed at random steps (benchmarks/kills.py)."""
+    yield "| run | kills | same losses as undisturbed | steps done again (most) | seconds to the next step (median, most) |"
+    yield "|---|---|---|---|---|"
+    for d in results("kills"):
+        if d["kills"]:
+            case = d["case"]
+            where = f"{case['gpus']} GPUs" if case["gpus"] else "two workers on the CPU"
+            yield (f"| {where}, a checkpoint every {case['every']} steps | {len(d['kills'])} | "
+                   f"{'all' if d.get('same_losses') else 'no' if 'same_losses' in d else 'same rows'} | {d['repeated_most']} | "
+                   f"{d['seconds_median']:.0f}, {d['seconds_most']:.0f} |")
+
+
+def unequal() -> Iterator[str]:
+    """Rows of the table of unequal workers: the newest result of each share or slowdown."""
+    yield "| workers | equal tokens, of the sum | tokens by speed, of the sum | largest difference of a step's loss to equal tokens |"
+    yield "|---|---|---|---|"
+    newest = {(d["case"]["gpus"], d["case"].get("nodes", 1), d.get("share") or d.get("slowdown")): d for d in results("unequal")}
+    for (gpus, nodes, value), d in newest.items():
+        if "balanced_of_sum" in d:
+            slow = f"{nodes} shard groups, the last" if nodes > 1 else "one"
+            where = f"{gpus} GPUs, {slow} slowed {value:g} times" if gpus else f"two on the CPU, one held to {value:.0%} of its core"
+            yield (f"| {where} | {d['equal_of_sum']:.1%} | {d['balanced_of_sum']:.1%} | {d['loss_difference']['balanced_to_equal']:.1e} |")
+
+
+def network() -> Iterator[str]:
+    """Rows of the table of sharding behind limited links: the newest result of each bandwidth."""
+    yield "| links as | sharding | seconds a step | speed, of that without a limit | GB sent by a node a step | by plan |"
+    yield "|---|---|---|---|---|---|"
+    for gbps, d in sorted({d["gbps"]: d for d in results("network")}.items()):
+        for kind, found in d["slow"].items():
+            yield (f"| {gbps:g} Gbit/s | {kind} | {found['step_seconds']:.2f} | {found['of_free']:.0%} | {found['sent_bytes'] / 1e9:.2f} | "
+                   f"{found['predicted_bytes'] / 1e9:.2f} |")
+
+
+TABLES: dict[str, dict[str, Callable[[], Iterator[str]]]] = {
+    "README.md": {"": lambda: chain(speed(), peers(), preparation(), starts())},
+    "docs/reliability.md": {"": faults, "kills": kills},
+    "docs/mixed-gpus.md": {"unequal": unequal},
+    "docs/network.md": {"network": network},
+    "docs/decisions/engines.md": {"": engines},
+}
+"""File, and the lines between each of its markers: `<!-- benchmarks/table.py -->`, or with a name."""
+
+
+def written(file: str) -> str:
+    """A file with its tables as they should be."""
+    text = (REPOSITORY / file).read_text()
+    for name, table in TABLES[file].items():
+        begin = f"<!-- benchmarks/table.py{f': {name}' if name else ''} -->"
+        if begin not in text:
+            raise ValueError(f"{file} has no place for the table {name!r}: {begin}")
+        before, _, rest = text.partition(begin)
+        _, _, after = rest.partition(END)
+        text = "\n".join([before + begin, *table(), END + after])
+    return text
 
 
 def main() -> None:
@@ -150,11 +210,11 @@ def main() -> None:
     old = [name for name in TABLES if (REPOSITORY / name).read_text() != written(name)]
     if options.check:
         sys.exit("".join(f"{name} does not show benchmarks/results/: run `python benchmarks/table.py --write`.\n" for name in old) or 0)
-    for name, lines in TABLES.items():
+    for file, tables in TABLES.items():
         if options.write:
-            (REPOSITORY / name).write_text(written(name))
+            (REPOSITORY / file).write_text(written(file))
         else:
-            print(f"{name}\n", *lines(), "", sep="\n")
+            print(f"{file}\n", *(line for table in tables.values() for line in (*table(), "")), sep="\n")
 
 
 if __name__ == "__main__":

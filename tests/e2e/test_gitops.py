@@ -6,11 +6,14 @@ import subprocess
 import time
 
 import pytest
-from kubernetes import client
+from kubernetes import client, dynamic
 
 from tools.cluster import status
 
 CHATBOT = "llm-finetune-chatbot"
+LABEL = ("labels", "app.kubernetes.io/managed-by")
+GENERATED = ("annotations", "controller-gen.kubebuilder.io/version")
+"""Of the operator's CRDs, which have no labels."""
 HEAL = 60
 """Seconds within which an edit of a live object is taken back."""
 
@@ -45,6 +48,30 @@ def test_a_push_that_does_not_render_changes_nothing_and_says_why(file, old, new
     subprocess.check_call(["git", "-C", checkout, "push", "--quiet", "origin", "HEAD:main"])
     settled(environment, wait_for)
     assert pods(api, namespace) == before, "nothing was restarted"
+
+
+def test_edits_of_every_managed_object_are_taken_back(environment, wait_for, api):
+    """Whatever kind it is: what git says of an object holds, within a minute, for all of them edited at once."""
+    settled(environment, wait_for)
+    kinds = dynamic.DynamicClient(api)
+    application = client.CustomObjectsApi(api).get_namespaced_custom_object(*status.ARGO, "llm-finetune-local")
+    objects = [(kinds.resources.get(api_version="/".join(filter(None, (r.get("group"), r["version"]))), kind=r["kind"]),
+                {"name": r["name"], "namespace": r.get("namespace")}, GENERATED if r["kind"] == "CustomResourceDefinition" else LABEL)
+               for r in application["status"]["resources"] if r["status"] == "Synced"]  # not the runs before, which git no longer names
+
+    def said() -> list[str]:
+        return [kind.get(**of).metadata[part][key] for kind, of, (part, key) in objects]
+
+    before = said()
+    for kind, of, (part, key) in objects:
+        kind.patch(**of, body={"metadata": {part: {key: "somebody"}}}, content_type="application/merge-patch+json")
+    begin = time.monotonic()
+    wait_for(lambda: said() == before, HEAL, f"{len(objects)} objects as git says")
+    edited = {kind.kind for kind, _, _ in objects}
+    print(f"{len(objects)} objects of {len(edited)} kinds: back after {time.monotonic() - begin:.0f} s")
+    assert edited >= {"Deployment", "ConfigMap", "Service", "RayCluster", "RayJob", "NetworkPolicy", "CustomResourceDefinition",
+                      "PersistentVolumeClaim"}
+    settled(environment, wait_for)
 
 
 def test_live_edits_are_taken_back(environment, wait_for, api, namespace):

@@ -108,3 +108,37 @@ def test_going_back_finds_the_old_run_finished(environment, wait_for, layout):
     assert state.run.name in runs
     time.sleep(20)
     assert {path.name for path in (layout.storage / "runs").iterdir()} == runs
+
+
+@pytest.mark.timeout(600)
+def test_a_finished_run_is_never_trained_again(environment, wait_for, layout, api, namespace):
+    """Its RayJob deleted and made anew, the operator restarted, the Application deleted and made anew: what is finished stays as it is."""
+    state = wait_for(lambda: (s := environment()).sync == "Synced" and s.run_ended and s, 120, "a finished run")
+    run, folder = state.run.name, layout.storage / "runs" / state.run.name
+    custom, core = client.CustomObjectsApi(api), client.CoreV1Api(api)
+
+    def uid(group: tuple[str, str], where: str, plural: str, name: str) -> str:
+        found = custom.list_namespaced_custom_object(*group, where, plural)["items"]
+        return next((o["metadata"]["uid"] for o in found if o["metadata"]["name"] == name), "")
+
+    def trained() -> dict[str, int]:
+        """When dataset, checkpoints, metrics and model were last written."""
+        kept = [folder / "dataset/manifest.json", folder / "metrics.jsonl", folder / "model/manifest.json",
+                *(folder / "checkpoints").glob("*/manifest.json")]
+        return {str(path): path.stat().st_mtime_ns for path in kept}
+
+    before, runs = trained(), {path.name for path in (layout.storage / "runs").iterdir()}
+    assert len(before) > 3
+    jobs = (status.RAY, namespace, "rayjobs", run)
+    first = uid(*jobs)
+    custom.delete_namespaced_custom_object(*status.RAY, namespace, "rayjobs", run)
+    core.delete_collection_namespaced_pod(namespace, label_selector="app.kubernetes.io/name=kuberay-operator")
+    wait_for(lambda: uid(*jobs) not in ("", first), 120, "the RayJob made anew")
+    wait_for(lambda: environment().run_ended, 300, "the run, finished again")
+    applications = (status.ARGO[:2], status.ARGO[2], status.ARGO[3], "llm-finetune-local")
+    first, job = uid(*applications), uid(*jobs)
+    custom.delete_namespaced_custom_object(*status.ARGO, "llm-finetune-local")
+    wait_for(lambda: uid(*applications) not in ("", first), 120, "the Application made anew")
+    wait_for(lambda: (s := environment()).sync == "Synced" and s.run_ended, 180, "Synced, with the run")
+    assert uid(*jobs) == job, "the Application's objects outlive it"
+    assert trained() == before and {path.name for path in (layout.storage / "runs").iterdir()} == runs

@@ -118,7 +118,7 @@ class Conversation:
                             else:
                                 tokens = part.tokens
                             yield part
-                    except GeneratorExit:
+                    except (GeneratorExit, asyncio.CancelledError):
                         if not kept:
                             self.metrics.answers.labels(model, "left").inc()
                             line = self._line(Done(exchange, "left", served.facts, None, admitted.checked.verdicts, ""), admitted, model,

@@ -211,3 +211,27 @@ async def test_leaving_a_stream_frees_its_place(storage: Storage, tmp_path: Path
             await asyncio.sleep(0.02)
         assert served.tuned.batch.idle
     assert [line["reason"] for line in read_lines(tmp_path / "records", "audit")] == ["left"]
+
+
+async def test_a_stop_and_a_lost_connection_are_in_the_audit(storage: Storage, tmp_path: Path) -> None:
+    """The page ends an answer by cancelling its task, the server a stream whose client has gone: one audit line each, and one count."""
+    from chatbot.conversation import Question
+    from chatbot.serving.prompt import Turn
+    storage.add("demo-0123456789")
+    async with Running(make_config(storage, tmp_path, engine={"context": 512})) as app:
+        await app.ready()
+        conversation = app.app.conversation
+        begun = asyncio.Event()
+
+        async def read() -> None:
+            admitted = await conversation.admit(Question([Turn("user", "Why?")], max_tokens=400))
+            async for _ in conversation.answer(admitted):
+                begun.set()
+
+        task = asyncio.create_task(read())
+        await begun.wait()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert conversation.service.current.users == 0
+        assert 'chatbot_answers_total{model="tuned",reason="left"} 1.0' in (await app.client.get("/metrics")).text
+    assert [line["reason"] for line in read_lines(tmp_path / "records", "audit")] == ["left"]

@@ -140,3 +140,24 @@ def test_no_pattern_takes_long_over_a_long_text() -> None:
         began = time.process_time()
         asyncio.run(PIPELINE.question(text[:4000], "", [], Who("", "a")))
         assert time.process_time() - began < 2, text[:20]
+
+
+async def rows_of_figures() -> list[str]:
+    """docs/chatbot.md's table: each check on its own table, and on wordings that no rule was made for."""
+    rows = []
+    for check in PIPELINE.checks:
+        if check.name in TABLES:
+            own = await tables.run_check(check, TABLES[check.name])
+            held = await tables.run_check(check, HELD_OUT[check.name]) if check.name in HELD_OUT else None
+            cells = [f"`{check.name}`"]
+            for r in (own, held):
+                cells += [str(r.hits), f"{r.recall:.1%}", str(r.passes), f"{r.false_positives:.1%}"] if r else [""] * 4
+            rows.append(f"| {' | '.join(cells)} |")
+    return rows
+
+
+async def test_the_documented_figures() -> None:
+    """docs/chatbot.md shows what `python -m chatbot guardrails` prints."""
+    document = (Path(__file__).parents[2] / "docs/chatbot.md").read_text(encoding="utf-8")
+    rows = await rows_of_figures()
+    assert not [row for row in rows if row not in document], "docs/chatbot.md should say:\n" + "\n".join(rows)

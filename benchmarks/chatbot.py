@@ -6,7 +6,8 @@
 Both sides answer the same prompts (research questions, each with an abstract of about 150 tokens) greedily with the same number of
 tokens, with the same weights in memory and the same precision. Plain `generate` answers one after another, as a page without batching
 does: its time to first token for n streams is the mean over n people who ask at once. The runs of both sides take turns, and the median
-of each is printed. `--random` makes the weights on the spot, of that architecture, and a tokenizer from the prompts.
+of each is printed, with the CPU seconds that it took (what a shared machine distorts least). `--random` makes the weights on the spot, of
+that architecture, and a tokenizer from the prompts.
 
 The result is one JSON object on stdout; `--out` appends it to a file.
 """
@@ -91,7 +92,7 @@ class FirstToken(BaseStreamer):
 
 def plain(model: Any, tokenizer: Any, texts: list[str], tokens: int) -> dict[str, float]:
     """All prompts one after another with `generate`."""
-    began, firsts = time.perf_counter(), []
+    began, busy, firsts = time.perf_counter(), time.process_time(), []
     for text in texts:
         ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids.to(model.device)
         streamer = FirstToken()
@@ -100,7 +101,8 @@ def plain(model: Any, tokenizer: Any, texts: list[str], tokens: int) -> dict[str
         assert out.shape[1] == ids.shape[1] + tokens
         firsts.append(streamer.at - began)
     total = time.perf_counter() - began
-    return {"tokens_per_second": len(texts) * tokens / total, "first_token_seconds": statistics.mean(firsts), "seconds": total}
+    return {"tokens_per_second": len(texts) * tokens / total, "first_token_seconds": statistics.mean(firsts), "seconds": total,
+            "cpu_seconds": time.process_time() - busy}
 
 
 async def batched(model: LocalModel, texts: list[str], tokens: int) -> dict[str, float]:
@@ -113,12 +115,12 @@ async def batched(model: LocalModel, texts: list[str], tokens: int) -> dict[str,
                 return part
         raise AssertionError("no end")
 
-    began = time.perf_counter()
+    began, busy = time.perf_counter(), time.process_time()
     ends = await asyncio.gather(*map(one, texts))
     total = time.perf_counter() - began
     assert all(e.tokens == tokens for e in ends)
     return {"tokens_per_second": len(texts) * tokens / total,
-            "first_token_seconds": statistics.mean(e.first for e in ends), "seconds": total}
+            "first_token_seconds": statistics.mean(e.first for e in ends), "seconds": total, "cpu_seconds": time.process_time() - busy}
 
 
 def median(runs: list[dict[str, float]]) -> dict[str, float]:

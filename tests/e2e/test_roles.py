@@ -1,4 +1,5 @@
-"""What the chart's service accounts may do, by `kubectl auth can-i --list` on the cluster, held to tests/e2e/golden/roles.txt.
+"""What the chart's service accounts may do, by `kubectl auth can-i --list` on the cluster, held to tests/e2e/golden/roles.txt; and what
+pods may, by the label that Argo CD puts on the namespace.
 
 After an intended change: python -m tests.e2e.test_roles
 """
@@ -7,6 +8,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
+from kubernetes import client
+from kubernetes.client.exceptions import ApiException
 
 from tools import environments, shell
 from tools.layout import Layout
@@ -53,6 +59,22 @@ def test_nothing_elsewhere() -> None:
     anybody = may("nobody", "kube-system")
     for account in ACCOUNTS.values():
         assert may(account, "kube-system") == anybody
+
+
+@pytest.mark.parametrize(("field", "value"), [("hostNetwork", True), ("securityContext", {"runAsUser": 0}),
+                                              ("volumes", [{"name": "root", "hostPath": {"path": "/"}}])])
+def test_pod_security_restricted_is_enforced(field: str, value: Any, api: client.ApiClient) -> None:
+    """Not only warned of: the API server refuses a pod that asks for more, even one that an administrator makes."""
+    core = client.CoreV1Api(api)
+    namespace: Any = core.read_namespace(NAMESPACE)
+    assert namespace.metadata.labels["pod-security.kubernetes.io/enforce"] == "restricted"
+    context = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}, "runAsNonRoot": True,
+               "seccompProfile": {"type": "RuntimeDefault"}}
+    pod: dict[str, Any] = {"metadata": {"name": "try"}, "spec": {"containers": [{"name": "a", "image": "a", "securityContext": context}]}}
+    core.create_namespaced_pod(NAMESPACE, pod, dry_run="All")
+    pod["spec"][field] = value
+    with pytest.raises(ApiException, match="violates PodSecurity"):
+        core.create_namespaced_pod(NAMESPACE, pod, dry_run="All")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 # Every target works from a fresh clone; the first call puts uv and a Python environment into the cache.
 SHELL := /bin/bash -euo pipefail
 .DEFAULT_GOAL := help
-.PHONY: help up down status results ask images charts try test test-fast test-host e2e e2e-promotion e2e-nodes chaos fuzz scan test-slow lint clean promote rollback diff helm site-check bundle bundle-load
+.PHONY: help up down status results ask images charts try test test-fast test-host e2e e2e-promotion e2e-nodes chaos fuzz scan test-slow lint clean promote rollback diff helm site-check site-up site-join site-down bundle bundle-load
 
 CACHE ?= $(or $(LLM_FINETUNE_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/llm-finetune)
 export LLM_FINETUNE_CACHE := $(CACHE)
@@ -60,6 +60,19 @@ helm: $(TOOLS_VENV) ## ENV=dev: the helm command that makes the same objects wit
 
 site-check: $(TOOLS_VENV) ## ENV=dev: look at a cluster before training on it; writes site-check.html and .json (OUT=folder)
 	@$(TOOLS) -m tools site-check $(ENV)
+
+SITE_OPTIONS = $(if $(NIC),--nic $(NIC)) $(if $(ADDRESS),--address $(ADDRESS)) $(if $(NAME),--name $(NAME)) $(if $(BACKEND),--backend $(BACKEND))
+
+site-up: $(TOOLS_VENV) ## NIC=eth1: first server of a cluster of several; prints the command for the others (root; ADDRESS NAME ROLE BACKEND)
+	@$(TOOLS) -m tools site-up $(SITE_OPTIONS) $(if $(ROLE),--role $(ROLE))
+
+site-join: $(TOOLS_VENV) ## SERVER= TOKEN= CA_HASH= PROGRAMS=: a further server (root; NIC ADDRESS NAME BACKEND LABELS TAINTS NAT)
+	@$(TOOLS) -m tools site-join $(SITE_OPTIONS) $(if $(SERVER),--server $(SERVER)) $(if $(TOKEN),--token $(TOKEN)) \
+	  $(if $(CA_HASH),--ca-hash $(CA_HASH)) $(if $(PROGRAMS),--programs $(PROGRAMS)) \
+	  $(if $(LABELS),--labels $(LABELS)) $(if $(TAINTS),--taints $(TAINTS)) $(if $(NAT),--nat $(NAT))
+
+site-down: $(TOOLS_VENV) ## take this server's node away; the cache stays (root)
+	@$(TOOLS) -m tools site-down
 
 bundle: $(TOOLS_VENV) ## ENV=dev: one archive with chart, images and their packages' lists, for a site without internet
 	@$(TOOLS) -m tools bundle $(ENV)

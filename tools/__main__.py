@@ -13,7 +13,7 @@ from tools.cluster.settings import Settings
 from tools.errors import OperatorError
 from tools.layout import Layout
 
-PARTS = ("argocd", "environments", "local_run", "results", "promote", "rollback", "diff", "remove", "site.check", "bundle")
+PARTS = ("argocd", "environments", "local_run", "results", "promote", "rollback", "diff", "remove", "site.check", "bundle", "cluster.site")
 """Modules of this package that add a command with `add_parser(commands)`."""
 
 

@@ -48,12 +48,13 @@ class Image:
     """Runs in the embedded cluster only: sites use the upstream image."""
 
 
-NODE_PROGRAMS = ("kube-apiserver", "kube-controller-manager", "kube-scheduler", "kube-proxy", "etcd", "coredns", "ray-operator",
-                 "rayjob-submitter", "argocd", "helm")
+PROGRAMS = {"kubernetes": ("kube-apiserver", "kube-controller-manager", "kube-scheduler", "kube-proxy", "etcd", "coredns"),
+            "flannel": ("flannel",), "node": ("ray-operator", "rayjob-submitter", "argocd", "helm")}
+"""Programs built from source that the folders' images add to their base."""
 
 
-def _node(name: str) -> Image:
-    return Image(name, "node", "base", programs=NODE_PROGRAMS, target=name, local_only=True)
+def _node(name: str, folder: str, base: str) -> Image:
+    return Image(name, folder, base, programs=PROGRAMS[folder], target=name, local_only=True)
 
 
 IMAGES = {image.name: image for image in (
@@ -62,7 +63,9 @@ IMAGES = {image.name: image for image in (
     Image("trainer", "trainer", "torch", inputs=("trainer",)),
     Image("chatbot", "chatbot", "torch", inputs=("chatbot",)),
     Image("nfs-server", "nfs-server", inputs=("images/nfs-server/packages", "images/nfs-server/sources")),
-    *map(_node, ("node", "coredns", "pause", "kuberay-operator", "argocd")),
+    *(_node(name, "kubernetes", "base") for name in ("kubernetes", "coredns", "pause")),
+    _node("flannel", "flannel", "kubernetes"),
+    *(_node(name, "node", "kubernetes") for name in ("node", "kuberay-operator", "argocd")),
 )}
 """All images, each after its base."""
 

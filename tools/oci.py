@@ -79,6 +79,14 @@ def digest_of(data: bytes) -> str:
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
 
+def digest_of_file(file: Bytes) -> str:
+    """Of what is left to read."""
+    digest = hashlib.sha256()
+    while block := file.read(BLOCK):
+        digest.update(block)
+    return f"sha256:{digest.hexdigest()}"
+
+
 def _credentials(registry: str) -> str:
     """`Basic ...` for a registry; empty if none are kept."""
     for path in (os.environ.get("REGISTRY_AUTH_FILE", ""), str(Path.home() / ".docker/config.json")):

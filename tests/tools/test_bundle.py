@@ -6,24 +6,18 @@ import base64
 import gzip
 import io
 import json
-import os
-import signal
-import socket
 import tarfile
 import threading
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.tools.conftest import free_port
 from tests.tools.test_golden import IMAGES
 from tools import bundle, charts, environments, oci, sbom
-from tools.cluster import debian, registry
-from tools.cluster.settings import Settings
 from tools.errors import OperatorError
-from tools.layout import Layout
 from tools.oci import Document, Reference, Registry
 
 STATUS = """Package: libc6
@@ -38,35 +32,6 @@ Status: deinstall ok config-files
 Architecture: all
 Version: 1
 """
-
-
-class Here(Settings):
-    """The node's registry on the loopback."""
-
-    @property
-    def address(self) -> str:
-        return "127.0.0.1"
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as one:
-        return int(one.getsockname()[1])
-
-
-@pytest.fixture(scope="module")
-def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The node's own registry program, as `make up` starts it; its host and port."""
-    real, folder = Layout(), tmp_path_factory.mktemp("node")
-    debian.unpack(real, print)
-    (folder / "cache").mkdir()
-    (folder / "cache/debian").symlink_to(real.debian)
-    layout, settings = Layout(cache=folder / "cache", state=folder, runtime=folder), Here(registry_port=free_port())
-    daemon = registry.registry(layout, settings)
-    daemon.start(layout)
-    yield settings.registry
-    pid = daemon.pid(layout)
-    assert pid
-    os.kill(pid, signal.SIGTERM)
 
 
 def layer(files: dict[str, bytes], mode: int = 0o644) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -68,6 +69,23 @@ def may_lower_oom_score() -> bool:
         if line.startswith("CapEff:"):
             return bool(int(line.split()[1], 16) >> CAP_SYS_RESOURCE & 1)
     return False
+
+
+def nvidia_runtime() -> str:
+    """Path of the NVIDIA container toolkit's runtime; empty if it is not installed."""
+    return shutil.which("nvidia-container-runtime") or ""
+
+
+def has_gpu() -> bool:
+    """Whether NVIDIA's driver has found a GPU."""
+    return any(Path("/proc/driver/nvidia/gpus").glob("*"))
+
+
+def mounts_nfs() -> bool:
+    """Whether the kernel and the helper program for NFS mounts are there, as far as can be seen without loading a module."""
+    modules = Path("/lib/modules", os.uname().release)
+    kernel = "nfs4" in Path("/proc/filesystems").read_text() or any(modules.glob("kernel/fs/nfs/nfsv4.ko*"))
+    return kernel and bool(shutil.which("mount.nfs", path="/usr/sbin:/sbin:/usr/bin:/bin"))
 
 
 def memory_gib() -> float:

@@ -1,4 +1,4 @@
-"""The node: containerd, and Kubernetes as kubeadm's phases set it up, with the kubelet started by hand."""
+"""A node: containerd, and Kubernetes as kubeadm's phases set it up, with the kubelet started by hand."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,32 @@ MANAGER = "llm-finetune-up"
 """Field manager of what `make up` applies."""
 
 
-def containerd(layout: Layout, settings: Settings, pause: str) -> Daemon:
-    """containerd with its own root (in the cache: images survive `make down`), state and socket. `pause`: the sandbox image."""
+@dataclass(frozen=True)
+class Server:
+    """This machine as a node of a cluster."""
+
+    name: str
+    address: str
+    taints: tuple[str, ...] = ()
+    """`key=value:effect`."""
+    labels: tuple[str, ...] = ()
+    """`key=value`."""
+    lasting: bool = False
+    """Of a site's cluster, which a power cut must not harm and which has more than one server; else the local one."""
+
+
+def images(settings: Settings) -> str:
+    """Where the images that kubeadm names are."""
+    return f"{settings.registry}/node"
+
+
+def pause(settings: Settings) -> str:
+    """The image of every pod's sandbox."""
+    return f"{images(settings)}/pause:1"
+
+
+def containerd(layout: Layout, settings: Settings) -> Daemon:
+    """containerd with its own root (in the cache: images survive `make down`), state and socket."""
     folder = layout.state / "containerd"
     certs = folder / "certs.d" / settings.registry
     certs.mkdir(parents=True, exist_ok=True)
@@ -37,6 +62,9 @@ def containerd(layout: Layout, settings: Settings, pause: str) -> Daemon:
                                       '  capabilities = ["pull", "resolve"]\n')
     debian = layout.debian / "root"
     config = folder / "config.toml"
+    runtimes = {"runc": f"{debian}/usr/sbin/runc"}
+    if program := host.nvidia_runtime():
+        runtimes["nvidia"] = program  # for pods whose RuntimeClass names it
     config.write_text(f"""version = 2
 root = "{layout.cache}/containerd"
 state = "{layout.runtime}/containerd"
@@ -44,24 +72,29 @@ disabled_plugins = ["io.containerd.internal.v1.opt", "io.containerd.snapshotter.
 [grpc]
   address = "{socket(layout)}"
 [plugins."io.containerd.grpc.v1.cri"]
-  sandbox_image = "{pause}"
+  sandbox_image = "{pause(settings)}"
   restrict_oom_score_adj = {str(not host.may_lower_oom_score()).lower()}
   netns_mounts_under_state_dir = true
   [plugins."io.containerd.grpc.v1.cri".cni]
     bin_dir = "{debian}/usr/lib/cni"
-    conf_dir = "{network.pod_network(layout, settings)}"
+    conf_dir = "{network.pod_folder(layout)}"
   [plugins."io.containerd.grpc.v1.cri".registry]
     config_path = "{folder}/certs.d"
   [plugins."io.containerd.grpc.v1.cri".containerd]
     discard_unpacked_layers = true
-    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
-      runtime_type = "io.containerd.runc.v2"
-      [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc.options]
-        BinaryName = "{debian}/usr/sbin/runc"
-        SystemdCgroup = {str(host.cgroup_driver() == "systemd").lower()}
-""")
+{"".join(_runtime(name, program) for name, program in runtimes.items())}""")
     return Daemon("containerd", [debian / "usr/bin/containerd", "--config", config],
                   ready=lambda: shell.succeeds([*ctr(layout), "version"], env=layout.environment()))
+
+
+def _runtime(name: str, program: str) -> str:
+    """One of containerd's runtimes."""
+    return f"""    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.{name}]
+      runtime_type = "io.containerd.runc.v2"
+      [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.{name}.options]
+        BinaryName = "{program}"
+        SystemdCgroup = {str(host.cgroup_driver() == "systemd").lower()}
+"""
 
 
 def socket(layout: Layout) -> Path:
@@ -86,32 +119,51 @@ def pull(layout: Layout, reference: str, digest: str, log: Path) -> bool:
     return True
 
 
-def _kubeadm_config(layout: Layout, settings: Settings, repository: str) -> str:
-    """kubeadm's configuration: one node that is control plane and worker, on the node's own address."""
+def _own_kubelet(layout: Layout) -> dict[str, Any]:
+    """Fields of the kubelet's configuration that differ from server to server."""
     resolv = Path("/etc/resolv.conf")
     upstream = Path("/run/systemd/resolve/resolv.conf")
     if upstream.exists():
         resolv = upstream  # the stub on 127.0.0.53 cannot be reached from pods
-    loose = {"nodefs.available": "1%", "imagefs.available": "1%", "memory.available": "100Mi"}
+    return {"cgroupDriver": host.cgroup_driver(), "resolvConf": str(resolv), "podLogsDir": str(layout.state / "pod-logs"),
+            "containerRuntimeEndpoint": f"unix://{socket(layout)}"}
+
+
+def _registration(layout: Layout, server: Server) -> dict[str, Any]:
+    """kubeadm's nodeRegistration."""
+    extra = [{"name": "node-ip", "value": server.address}]
+    if server.labels:
+        extra.append({"name": "node-labels", "value": ",".join(server.labels)})
+    taints = []
+    for taint in server.taints:
+        key, _, effect = taint.rpartition(":")
+        taints.append({"key": key.partition("=")[0], "value": key.partition("=")[2], "effect": effect})
+    return {"name": server.name, "criSocket": f"unix://{socket(layout)}", "taints": taints, "kubeletExtraArgs": extra}
+
+
+def _kubeadm_config(layout: Layout, settings: Settings, server: Server) -> str:
+    """kubeadm's configuration of the first server, which is control plane and, without a taint, worker."""
+    etcd = {"quota-backend-bytes": "1073741824"}
+    kubelet: dict[str, Any] = {}
+    api: dict[str, Any] = {"extraArgs": [{"name": "goaway-chance", "value": "0"}]}
+    if not server.lasting:
+        etcd["unsafe-no-fsync"] = "true"  # the cluster is thrown away by `make down`: a power cut may cost it its last second
+        kubelet = {"evictionHard": {"nodefs.available": "1%", "imagefs.available": "1%", "memory.available": "100Mi"},
+                   "imageGCHighThresholdPercent": 100}
+        # Collected more often: 0.5 GB less for an API server that has little to do.
+        api["extraEnvs"] = [{"name": "GOGC", "value": "40"}]
     documents: list[dict[str, Any]] = [
         {"apiVersion": "kubeadm.k8s.io/v1beta4", "kind": "InitConfiguration",
          "localAPIEndpoint": {"advertiseAddress": settings.address, "bindPort": settings.api_port},
-         "nodeRegistration": {"name": settings.name, "criSocket": f"unix://{socket(layout)}", "taints": [],
-                              "kubeletExtraArgs": [{"name": "node-ip", "value": settings.address}]}},
+         "nodeRegistration": _registration(layout, server)},
         {"apiVersion": "kubeadm.k8s.io/v1beta4", "kind": "ClusterConfiguration", "clusterName": settings.name,
-         "kubernetesVersion": settings.kubernetes_version, "imageRepository": repository,
+         "kubernetesVersion": settings.kubernetes_version, "imageRepository": images(settings),
          "networking": {"podSubnet": settings.pod_network, "serviceSubnet": settings.service_network},
          "etcd": {"local": {"imageTag": settings.etcd_version, "dataDir": str(layout.state / "etcd"),
-                            # The cluster is thrown away by `make down`: a power cut may cost it its last second.
-                            "extraArgs": [{"name": "unsafe-no-fsync", "value": "true"},
-                                          {"name": "quota-backend-bytes", "value": "1073741824"}]}},
-         "dns": {"imageTag": settings.coredns_version},
-         # Collected more often: 0.5 GB less for an API server that has little to do.
-         "apiServer": {"extraArgs": [{"name": "goaway-chance", "value": "0"}], "extraEnvs": [{"name": "GOGC", "value": "40"}]}},
-        {"apiVersion": "kubelet.config.k8s.io/v1beta1", "kind": "KubeletConfiguration", "cgroupDriver": host.cgroup_driver(),
-         "failCgroupV1": False, "failSwapOn": False, "resolvConf": str(resolv), "podLogsDir": str(layout.state / "pod-logs"),
-         "evictionHard": loose, "imageGCHighThresholdPercent": 100, "maxPods": 110, "serializeImagePulls": False,
-         "containerRuntimeEndpoint": f"unix://{socket(layout)}", "nodeStatusUpdateFrequency": "10s",
+                            "extraArgs": [{"name": name, "value": value} for name, value in etcd.items()]}},
+         "dns": {"imageTag": settings.coredns_version}, "apiServer": api},
+        {"apiVersion": "kubelet.config.k8s.io/v1beta1", "kind": "KubeletConfiguration", **_own_kubelet(layout), **kubelet,
+         "failCgroupV1": False, "failSwapOn": False, "maxPods": 110, "serializeImagePulls": False, "nodeStatusUpdateFrequency": "10s",
          "shutdownGracePeriod": "0s", "registryPullQPS": 0, "eventRecordQPS": 0},
         {"apiVersion": "kubeproxy.config.k8s.io/v1alpha1", "kind": "KubeProxyConfiguration", "mode": "nftables",
          "conntrack": {"maxPerCore": 0, "min": 0, "tcpEstablishedTimeout": "0s", "tcpCloseWaitTimeout": "0s"}},
@@ -119,10 +171,11 @@ def _kubeadm_config(layout: Layout, settings: Settings, repository: str) -> str:
     return "---\n".join(yaml.safe_dump(d, sort_keys=False) for d in documents)
 
 
-def _kubelet(layout: Layout, settings: Settings) -> Daemon:
+def kubelet(layout: Layout, server: Server) -> Daemon:
+    """The kubelet, by the files that kubeadm has written."""
     flags = (KUBELET / "kubeadm-flags.env").read_text().partition("=")[2].strip().strip('"').split()
     return Daemon("kubelet", [layout.bin / "kubelet", "--kubeconfig", ETC / "kubelet.conf", "--bootstrap-kubeconfig",
-                              ETC / "bootstrap-kubelet.conf", "--config", KUBELET / "config.yaml", "--hostname-override", settings.name,
+                              ETC / "bootstrap-kubelet.conf", "--config", KUBELET / "config.yaml", "--hostname-override", server.name,
                               "--root-dir", KUBELET, *[f for f in flags if "hostname-override" not in f]],
                   ready=lambda: _healthy("http://127.0.0.1:10248/healthz"), timeout=90)
 
@@ -139,12 +192,12 @@ def api_ready(settings: Settings) -> bool:
     return _healthy(f"https://{settings.address}:{settings.api_port}/readyz")
 
 
-def up(layout: Layout, settings: Settings, repository: str, say: Say) -> bool:
-    """Bring Kubernetes up on the node (containerd must run). Safe to repeat at any point. Returns False if all of it ran."""
+def up(layout: Layout, settings: Settings, server: Server, say: Say) -> bool:
+    """Bring Kubernetes up on the first server (containerd must run). Safe to repeat at any point. Returns False if all of it ran."""
     log = layout.logs / "kubeadm.log"
     config = layout.state / "kubeadm.yaml"
     env = layout.environment()
-    config.write_text(_kubeadm_config(layout, settings, repository))
+    config.write_text(_kubeadm_config(layout, settings, server))
     fresh = not (layout.state / "control-plane").exists()
 
     def phase(*words: str) -> None:
@@ -161,7 +214,7 @@ def up(layout: Layout, settings: Settings, repository: str, say: Say) -> bool:
     shutil.copy(ETC / "admin.conf", layout.kubeconfig)
     os.chmod(layout.kubeconfig, 0o600)
     say("kubelet")
-    started = _kubelet(layout, settings).start(layout)
+    started = kubelet(layout, server).start(layout)
     say("API server")
     deadline = time.monotonic() + 180
     while not api_ready(settings):
@@ -179,13 +232,79 @@ def up(layout: Layout, settings: Settings, repository: str, say: Say) -> bool:
         phase("upload-config", "all")
         phase("bootstrap-token")
         phase("addon", "all")
-        # One replica of CoreDNS is enough for one node.
-        shell.run([layout.kubectl, "--namespace", "kube-system", "scale", "deployment", "coredns", "--replicas=1"], log, env=env)
+        if not server.lasting:  # one replica of CoreDNS is enough for one server
+            shell.run([layout.kubectl, "--namespace", "kube-system", "scale", "deployment", "coredns", "--replicas=1"], log,
+                      env=env)
         (layout.state / "addons").write_text("")
     say("node")
-    shell.run([layout.kubectl, "wait", "node", settings.name, "--for=condition=Ready", "--timeout=120s"], log, env=env)
+    wait_ready(layout, server, layout.kubeconfig)
     wait_rollout(layout, "kube-system", "deployment/coredns")
     return fresh or started
+
+
+@dataclass(frozen=True)
+class Invitation:
+    """What a further server needs to know to join."""
+
+    token: str
+    """kubeadm's bootstrap token."""
+    ca_hash: str
+    """`sha256:...` of the cluster's certificate authority."""
+
+
+def invite(layout: Layout) -> Invitation:
+    """Make a token for further servers, good for a day."""
+    words = shell.output([layout.bin / "kubeadm", "token", "create", "--ttl", "24h", "--print-join-command", "--kubeconfig",
+                          ETC / "admin.conf"], env=layout.environment()).split()
+    return Invitation(words[words.index("--token") + 1], words[words.index("--discovery-token-ca-cert-hash") + 1])
+
+
+def join(layout: Layout, settings: Settings, server: Server, invitation: Invitation, say: Say) -> bool:
+    """Make this machine a worker of the cluster (containerd must run). Safe to repeat at any point. Returns False if it was one."""
+    config, patches = layout.state / "kubeadm.yaml", layout.state / "kubeadm-patches"
+    env, log = layout.environment(), layout.logs / "kubeadm.log"
+    if not (ETC / "kubelet.conf").exists():
+        say("asking the first server")
+        patches.mkdir(exist_ok=True)
+        (patches / "kubeletconfiguration+merge.yaml").write_text(yaml.safe_dump(_own_kubelet(layout)))
+        config.write_text(yaml.safe_dump({
+            "apiVersion": "kubeadm.k8s.io/v1beta4", "kind": "JoinConfiguration", "nodeRegistration": _registration(layout, server),
+            "patches": {"directory": str(patches)},
+            "discovery": {"bootstrapToken": {"apiServerEndpoint": f"{settings.address}:{settings.api_port}", "token": invitation.token,
+                                             "caCertHashes": [invitation.ca_hash]}}}))
+        shell.run([layout.bin / "kubeadm", "join", "phase", "kubelet-start", "--config", config], log, env=env)
+    say("kubelet")
+    started = kubelet(layout, server).start(layout)
+    deadline = time.monotonic() + 120
+    while not (ETC / "kubelet.conf").exists():
+        if time.monotonic() > deadline:
+            raise OperatorError(f"The first server gave no certificate within 2 minutes. The kubelet's log: {layout.logs}/kubelet.log")
+        time.sleep(0.5)
+    for path in (ETC / "bootstrap-kubelet.conf", config):  # they hold the token
+        path.unlink(missing_ok=True)
+    return started
+
+
+def pod_addresses(layout: Layout, server: Server, kubeconfig: Path) -> str:
+    """The range that the controller-manager has given to a server's pods."""
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            found = shell.output([layout.kubectl, "--kubeconfig", kubeconfig, "get", "node", server.name, "--output",
+                                  "jsonpath={.spec.podCIDR}"], env=layout.environment()).strip()
+        except OperatorError:
+            found = ""  # the node is not registered yet
+        if found:
+            return found
+        if time.monotonic() > deadline:
+            raise OperatorError(f"Node {server.name} has no addresses for pods after 2 minutes. See {layout.logs}/kubelet.log")
+        time.sleep(1.0)
+
+
+def wait_ready(layout: Layout, server: Server, kubeconfig: Path, seconds: int = 180) -> None:
+    """Wait until the node is Ready."""
+    shell.output([layout.kubectl, "--kubeconfig", kubeconfig, "wait", "node", server.name, "--for=condition=Ready",
+                  f"--timeout={seconds}s"], env=layout.environment(), timeout=seconds + 10)
 
 
 def wait_rollout(layout: Layout, namespace: str, workload: str, seconds: int = 180) -> None:

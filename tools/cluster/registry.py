@@ -16,8 +16,8 @@ from tools.layout import REPOSITORY, Layout
 BRANCH = "main"
 
 
-def registry(layout: Layout, settings: Settings) -> Daemon:
-    """Debian's docker-registry. What is pushed lies in the cache."""
+def registry(layout: Layout, settings: Settings, *, read_only: bool = False) -> Daemon:
+    """Debian's docker-registry. What is pushed lies in the cache. It knows no users: where other servers reach it, only for reading."""
     storage = layout.cache / "registry"
     config = layout.state / "registry.yaml"
     storage.mkdir(parents=True, exist_ok=True)
@@ -27,6 +27,7 @@ log: {{level: warn, accesslog: {{disabled: true}}}}
 storage:
   filesystem: {{rootdirectory: {storage}}}
   delete: {{enabled: true}}
+  maintenance: {{readonly: {{enabled: {str(read_only).lower()}}}}}
 http:
   addr: {settings.registry}
 """)

@@ -1,4 +1,4 @@
-"""Addresses, names and versions of the local cluster."""
+"""Addresses, names and versions of the cluster."""
 
 from __future__ import annotations
 
@@ -15,13 +15,18 @@ class Settings:
     octet: int = field(default_factory=lambda: int(os.environ.get("LLM_FINETUNE_OCTET", "77")))
     """10.<octet>.0.0/24 is the node, 10.<octet+1>.0.0/16 the pods, 10.<octet+2>.0.0/16 the services."""
     link: str = "llmft0"
-    """Bridge device that carries the node's address."""
+    """Bridge device that carries the node's address, where the cluster has one server."""
+    server: str = ""
+    """Address of the cluster's first server, on a network card of its own; empty: our bridge's."""
+    server_network: str = ""
+    """Network of the servers, where `server` is set."""
     kubernetes_version: str = "v1.36.3"
     etcd_version: str = "v3.6.8"
     coredns_version: str = "v1.14.6"
     helm_version: str = "v4.3.1"
     argocd_version: str = "v3.2.6"
     kuberay_version: str = "v1.6.2"
+    flannel_version: str = "v0.28.10"
     registry_port: int = 5000
     git_port: int = 9418
     api_port: int = 6443
@@ -33,12 +38,12 @@ class Settings:
 
     @property
     def address(self) -> str:
-        """Of the node: API server, registry and git listen here."""
-        return f"10.{self.octet}.0.1"
+        """Of the first server: API server, registry and git listen here."""
+        return self.server or f"10.{self.octet}.0.1"
 
     @property
     def node_network(self) -> str:
-        return f"10.{self.octet}.0.0/24"
+        return self.server_network or f"10.{self.octet}.0.0/24"
 
     @property
     def pod_network(self) -> str:

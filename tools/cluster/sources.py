@@ -38,20 +38,34 @@ class Source:
 
 
 def sources(settings: Settings) -> list[Source]:
-    """Everything that is built, the largest first."""
+    """Everything that `make up` builds, the largest first."""
+    # pyhelm3 reads the version, and takes only a whole one.
+    helm = Source("helm", ("helm",), 100, stamps=(f"helm.sh/helm/v4/internal/version.version={settings.helm_version}",))
+    kubernetes, *others = of_kubernetes(settings)
+    return [
+        kubernetes,
+        helm,
+        Source("argocd", ("argocd",), 200),
+        Source("kuberay", ("ray-operator", "rayjob-submitter"), 90, renamed=(("cmd", "rayjob-submitter"),)),
+        *others,
+    ]
+
+
+def of_kubernetes(settings: Settings) -> list[Source]:
+    """What a cluster needs by itself, the largest first."""
     major, minor, _ = settings.kubernetes_version.removeprefix("v").split(".")
     version = "k8s.io/component-base/version"
     return [
         Source("kubernetes", ("kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet", "kube-proxy", "kubeadm", "kubectl"),
                360, stamps=(f"{version}.gitVersion={settings.kubernetes_version}", f"{version}.gitMajor={major}",
                             f"{version}.gitMinor={minor}", f"{version}.gitTreeState=clean")),
-        # pyhelm3 reads the version, and takes only a whole one.
-        Source("helm", ("helm",), 100, stamps=(f"helm.sh/helm/v4/internal/version.version={settings.helm_version}",)),
-        Source("argocd", ("argocd",), 200),
-        Source("kuberay", ("ray-operator", "rayjob-submitter"), 90, renamed=(("cmd", "rayjob-submitter"),)),
         Source("coredns", ("coredns",), 65),
         Source("etcd", ("etcd",), 30),
     ]
+
+
+FLANNEL = Source("flannel", ("flannel",), 60)
+"""Of clusters with more than one server (tools/cluster/site.py)."""
 
 
 def environment(layout: Layout) -> dict[str, str]:

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import yaml
 from kubernetes import client
 
 from tools import argocd, charts, environments, images, runid, shell
-from tools.cluster import debian, host, kubernetes, model, network, preflight, registry, sources, status
+from tools.cluster import kubernetes, model, network, preflight, registry, site, sources, status, steps
 from tools.cluster.settings import Settings
+from tools.cluster.steps import Say, Steps
 from tools.errors import OperatorError
 from tools.layout import Layout
-from tools.progress import Runner, Step, clock
+from tools.progress import Step, clock
 
-Say = Callable[[str], None]
 ENVIRONMENT = "local"
 OWNER = 1000
 """User of trainer and chatbot containers, who owns the storage."""
@@ -29,22 +26,15 @@ RUN_TIMEOUT = 45 * 60
 """Seconds after which waiting for the first run and the chatbot is given up."""
 
 
-class Up:
-    """The steps and what they hand each other."""
+class Up(Steps):
+    """A cluster of one server with Argo CD, the local environment's run and its chatbot."""
 
     def __init__(self, layout: Layout, settings: Settings) -> None:
-        self.layout, self.settings = layout, settings
-        self.began = time.time()
-        self.builder: images.Builder | None = None
-        self.digests: dict[str, str] = {}
-        self.repository = f"{settings.registry}/node"
-        """Of the images that kubeadm names."""
+        super().__init__(layout, settings, kubernetes.Server(settings.name, settings.address))
 
     def steps(self) -> list[Step]:
         """All of it. Two run at once: compilers on one side, downloads and image layers on the other."""
-        built = [(f"{s.name} from source", s) for s in sources.sources(self.settings)]
-        chain = [Step(name, self._source(s), s.expected, after=(built[i - 1][0],) if i else ())
-                 for i, (name, s) in enumerate(built)]
+        chain = self._sources(sources.sources(self.settings))
         return [
             Step("Debian packages", self.packages, 15),
             *chain,
@@ -56,7 +46,7 @@ class Up:
             Step("trainer image to the node", lambda say: self.publish("trainer", say), 150, after=("trainer image", "node services")),
             self._image("chatbot", 60, "trainer image to the node"),
             Step("chatbot image to the node", lambda say: self.publish("chatbot", say), 30, after=("chatbot image",)),
-            Step("node images", self.node_images, 60, after=("base image", "node services", *(name for name, _ in built))),
+            Step("node images", self.node_images, 60, after=("base image", "node services", *(step.name for step in chain))),
             Step("Kubernetes", self.kubernetes, 60, after=("node images",)),
             Step("chart", self.chart, 5, after=("kuberay from source", "helm from source", "node services")),
             Step("Argo CD", self.argocd, 40, after=("Kubernetes", "chart", "chatbot image to the node", "base model")),
@@ -64,28 +54,17 @@ class Up:
             Step("chatbot", self.chatbot, 60, after=("first run",)),
         ]
 
-    def _source(self, source: sources.Source) -> Callable[[Say], bool]:
-        return lambda say: sources.build(source, self.layout, say)
-
-    def _image(self, name: str, expected: float, after: str) -> Step:
-        return Step(f"{name} image", lambda say: self._builder().build(images.IMAGES[name], say), expected, after=(after,))
-
-    def _builder(self) -> images.Builder:
-        if self.builder is None:
-            self.builder = images.Builder(self.layout)
-        return self.builder
-
-    def packages(self, say: Say) -> bool:
-        return debian.unpack(self.layout, say)
-
     def services(self, say: Say) -> bool:
-        """The node's address, registry and container runtime."""
-        network.up(self.layout, self.settings)
-        (self.layout.runtime / "buildah").mkdir(parents=True, exist_ok=True)
-        started = [registry.registry(self.layout, self.settings).start(self.layout),
-                   kubernetes.containerd(self.layout, self.settings, f"{self.repository}/pause:1").start(self.layout)]
+        """The node's own, and the storage."""
+        started = super().services(say)
         self._storage()
-        return any(started)
+        return started
+
+    def named_images(self) -> list[tuple[str, str, str]]:
+        """Kubernetes' own, Argo CD's and the operator's."""
+        s = self.settings
+        return [*super().named_images(), ("argocd", "argocd", s.argocd_version),
+                ("kuberay-operator", "kuberay-operator", s.kuberay_version)]
 
     def _storage(self) -> None:
         """The shared storage is a folder of the cache, so that runs survive `make down`; pods see it under the state folder."""
@@ -112,25 +91,6 @@ class Up:
         say("unpacking")
         return kubernetes.pull(self.layout, f"{self.settings.registry}/llm-finetune/{name}@{digest}", digest,
                                self.layout.logs / f"image-{name}.log")
-
-    def node_images(self, say: Say) -> bool:
-        """What the embedded cluster itself runs, under the names that kubeadm expects."""
-        s, builder = self.settings, self._builder()
-        control_plane = ("kube-apiserver", "kube-controller-manager", "kube-scheduler", "kube-proxy")
-        names = [("node", name, s.kubernetes_version) for name in control_plane]
-        names += [("node", "etcd", s.etcd_version), ("coredns", "coredns", s.coredns_version), ("pause", "pause", "1"),
-                  ("argocd", "argocd", s.argocd_version), ("kuberay-operator", "kuberay-operator", s.kuberay_version)]
-        changed = False
-        for image, name, tag in names:
-            say(name)
-            changed |= builder.build(images.IMAGES[image], say)
-            digest = builder.push(images.IMAGES[image], self.repository, tag, say, local=True, name=name)
-            self.digests[name] = digest
-            changed |= kubernetes.pull(self.layout, f"{self.repository}/{name}:{tag}", digest, self.layout.logs / f"image-{image}.log")
-        return changed
-
-    def kubernetes(self, say: Say) -> bool:
-        return kubernetes.up(self.layout, self.settings, self.repository, say)
 
     def chart(self, say: Say) -> bool:
         """Package the chart with the operator's CRDs, and push it where Argo CD pulls it."""
@@ -231,26 +191,14 @@ class Up:
         return waited
 
 
-@contextlib.contextmanager
-def only_one(layout: Layout) -> Iterator[None]:
-    """Hold the lock of the local cluster, so that two `make up` or a `make down` beside it do not meet half-way."""
-    with open(layout.state / "made-by-llm-finetune") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OperatorError("Another `make up` is at work on this machine; wait for it, or end it first.") from None
-        yield
-
-
 def up(layout: Layout, settings: Settings) -> None:
     """Everything, with progress; ends with what to open and type next."""
-    preflight.check(layout, settings)
-    layout.state.mkdir(parents=True, exist_ok=True)
-    (layout.state / "made-by-llm-finetune").write_text("`make down` removes this folder.\n")
+    plan = site.kept(layout)
+    if plan is not None and plan.server:
+        raise OperatorError("This server belongs to a cluster of `make site-up`; `make site-down` takes it out.")
+    preflight.check(preflight.problems(layout, settings))
     begin = time.monotonic()
-    with only_one(layout):
-        host.record(layout)
-        Runner(layout.cache / "timings.json").run(Up(layout, settings).steps(), at_once=2)
+    steps.run(layout, Up(layout, settings).steps())
     print(status.text(kubernetes.api_client(layout), layout, settings))
     print(f"""
 Up in {clock(time.monotonic() - begin)}. Next:

@@ -178,9 +178,18 @@ def network() -> Iterator[str]:
                    f"{found['predicted_bytes'] / 1e9:.2f} |")
 
 
+def nodes() -> Iterator[str]:
+    """Rows of the table of faults of a second node (`NODES_OUT=benchmarks/results/nodes.jsonl make e2e-nodes`)."""
+    yield "| what happens | measured |"
+    yield "|---|---|"
+    for what, one_ in {d["what"]: d for d in results("nodes")}.items():
+        figures = (f"{name.replace('_', ' ')} {value:.0f} s" for name, value in one_.items() if name != "what")
+        yield f"| {what} | {', '.join(figures)} |"
+
+
 TABLES: dict[str, dict[str, Callable[[], Iterator[str]]]] = {
     "README.md": {"": lambda: chain(speed(), peers(), preparation(), starts())},
-    "docs/reliability.md": {"": faults, "kills": kills},
+    "docs/reliability.md": {"": faults, "kills": kills, "nodes": nodes},
     "docs/mixed-gpus.md": {"unequal": unequal},
     "docs/network.md": {"network": network},
     "docs/decisions/engines.md": {"": engines},

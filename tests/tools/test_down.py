@@ -29,3 +29,24 @@ def test_cgroups_that_go_while_they_are_read(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(down, "CGROUPS", tmp_path)
     found = set(down._pod_processes(Layout(cache=tmp_path / "cache", state=tmp_path / "state", runtime=tmp_path / "run")))
     assert found == {12, 13}
+
+
+def test_a_disk_on_a_folder_of_ours_stays_mounted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sites give caches and the kubelet's folder disks of their own: `make down` empties them, and unmounts only what is below."""
+    ours = tmp_path / "kubelet"
+    table = tmp_path / "mountinfo"
+    targets = [ours, ours / "pods/a/volume", tmp_path / "kubelet-of-others", ours / "pods/a"]
+    table.write_text("".join(f"1 0 0:1 / {target} rw - ext4 /dev/sda rw\n" for target in targets))
+    real = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda self, *a, **k: real(table if str(self) == "/proc/self/mountinfo" else self, *a, **k))
+    unmounted: list[str] = []
+    monkeypatch.setattr(down.shell, "succeeds", lambda command: not unmounted.append(command[-1]))
+    down._unmount([ours])
+    assert unmounted == [str(ours / "pods/a"), str(ours / "pods/a/volume")]
+
+    (ours / "pods").mkdir(parents=True)
+    (ours / "config").write_text("")
+    (ours / "link").symlink_to(tmp_path)
+    monkeypatch.setattr(Path, "is_mount", lambda self: self == ours)
+    down._remove(ours)
+    assert list(ours.iterdir()) == [] and table.exists()

@@ -105,6 +105,8 @@ def test_further_server(layout: Layout) -> None:
 def test_further_server_without_the_printed_words(layout: Layout) -> None:
     with pytest.raises(OperatorError, match="CA_HASH, PROGRAMS missing"):
         site.joining_plan(layout, asked(server="10.20.0.4", token="x"))
+    with pytest.raises(OperatorError, match="PROGRAMS=sha256:bb: sha256: and 64"):
+        site.joining_plan(layout, asked(**{**INVITED, "programs": "sha256:bb"}))
 
 
 @pytest.mark.parametrize(("change", "message"), [

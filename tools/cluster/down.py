@@ -29,15 +29,24 @@ def down(layout: Layout, settings: Settings) -> bool:
             daemons.stop(path)
     _stop_pods(layout)
     daemons.stop(pids / "containerd", timeout=20)
-    _unmount([layout.runtime, layout.state, kubernetes.KUBELET, layout.cache])
+    _unmount([layout.runtime, layout.state, kubernetes.KUBELET, layout.cache / "containerd", layout.cache / "images"])
     network.down(layout, settings)
     for link in _pod_links():
         shell.output(["ip", "link", "delete", link], env=layout.environment())
     _remove_cgroups()
     host.restore(layout, settings.name)
     for path in (kubernetes.ETC, kubernetes.KUBELET, Path("/var/log/containers"), layout.runtime, layout.state):
-        shutil.rmtree(path, ignore_errors=False) if path.exists() else None
+        _remove(path)
     return True
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder; one that a disk is mounted on is only emptied."""
+    if not path.is_mount():
+        shutil.rmtree(path, ignore_errors=False) if path.exists() else None
+        return
+    for child in path.iterdir():
+        shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()
 
 
 def _stop_pods(layout: Layout) -> None:
@@ -103,8 +112,8 @@ def _pod_links() -> Iterator[str]:
 
 
 def _unmount(below: list[Path]) -> None:
-    """Unmount everything below the given folders, the innermost first."""
+    """Unmount everything below the given folders, the innermost first. A disk that is mounted on one of them stays."""
     targets = [line.split()[4].replace("\\040", " ") for line in Path("/proc/self/mountinfo").read_text().splitlines()]
     for target in reversed(targets):
-        if any(Path(target).is_relative_to(folder) for folder in below) and not shell.succeeds(["umount", target]):
+        if any(folder in Path(target).parents for folder in below) and not shell.succeeds(["umount", target]):
             shell.output(["umount", "--lazy", target])

@@ -124,6 +124,9 @@ def joining_plan(layout: Layout, asked: argparse.Namespace) -> Plan:
     if missing:
         raise OperatorError(f"{', '.join(m.upper() for m in missing)} missing: take the command that `make site-up` prints on the first "
                             "server.")
+    for name in ("ca_hash", "programs"):
+        if not re.fullmatch(r"sha256:[0-9a-f]{64}", getattr(asked, name)):
+            raise OperatorError(f"{name.upper()}={getattr(asked, name)}: sha256: and 64 hexadecimal digits, as `make site-up` prints them.")
     plan = Plan(server=asked.server, name=asked.name or socket.gethostname().lower(), first=False, nat=asked.nat != "no",
                 backend=asked.backend or "host-gw", labels=_list(asked.labels), taints=_list(asked.taints))
     return _on_card(plan, asked.nic, asked.address or ("" if asked.nic else network.source_address(asked.server)))

@@ -64,7 +64,7 @@ def of_kubernetes(settings: Settings) -> list[Source]:
     ]
 
 
-FLANNEL = Source("flannel", ("flannel",), 60)
+FLANNEL = Source("flannel", ("flannel",), 90)
 """Of clusters with more than one server (tools/cluster/site.py)."""
 
 

@@ -65,7 +65,7 @@ IMAGES = {image.name: image for image in (
     Image("nfs-server", "nfs-server", inputs=("images/nfs-server/packages", "images/nfs-server/sources")),
     *(_node(name, "kubernetes", "base") for name in ("kubernetes", "coredns", "pause")),
     _node("flannel", "flannel", "kubernetes"),
-    *(_node(name, "node", "kubernetes") for name in ("node", "kuberay-operator", "argocd")),
+    *(_node(name, "node", "kubernetes") for name in ("kuberay-operator", "argocd")),
 )}
 """All images, each after its base."""
 

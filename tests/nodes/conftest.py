@@ -87,7 +87,7 @@ class Cluster:
         assert found, done.stdout
         self.invitation = f"make site-join {found[1].replace(chr(92), ' ')}"
 
-    def join(self, timeout: float = 400) -> float:
+    def join(self, timeout: float = 600) -> float:
         """Run the printed command in the guest; returns how long it took."""
         began = time.monotonic()
         command = " ".join(self.invitation.split())

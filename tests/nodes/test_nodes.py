@@ -94,7 +94,7 @@ def test_partition(cluster: Cluster, url: str, record: Callable[..., None]) -> N
     with Watch(url) as watch:
         began = time.monotonic()
         cluster.guest.link(False)
-        wait_for(lambda: not cluster.ready(cluster.guest.name), 60, "NotReady")
+        wait_for(lambda: not cluster.ready(cluster.guest.name), 75, "NotReady")
         noticed = time.monotonic() - began
         time.sleep(max(0.0, 60 - noticed))
         cluster.guest.link(True)

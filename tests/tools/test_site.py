@@ -14,8 +14,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from tools import oci
-from tools.cluster import flannel, host, kubernetes, network, preflight, programs, registry, site
+from tools import images, oci
+from tools.cluster import flannel, host, kubernetes, network, preflight, programs, registry, site, up
 from tools.cluster.kubernetes import Server
 from tools.cluster.settings import Settings
 from tools.errors import OperatorError
@@ -146,6 +146,26 @@ def test_container_runtimes(layout: Layout, monkeypatch: pytest.MonkeyPatch, too
     runtimes = configuration["plugins"]["io.containerd.grpc.v1.cri"]["containerd"]["runtimes"]
     assert {name: r["options"]["BinaryName"] for name, r in runtimes.items()} == {
         "runc": f"{layout.debian}/root/usr/sbin/runc", **({"nvidia": toolkit} if toolkit else {})}
+
+
+def test_steps(layout: Layout) -> None:
+    """Of `make up`, `make site-up` and `make site-join`: only the first builds Argo CD, only the second flannel, the third nothing."""
+    settings = Settings()
+    first = site.FirstServer(layout, site.Plan(name="a", address="10.20.0.5", server="10.20.0.5", network="10.20.0.0/24"))
+    further = site.FurtherServer(layout, site.Plan(name="b", address="10.20.0.6", server="10.20.0.5", network="10.20.0.0/24", first=False),
+                                 kubernetes.Invitation("", ""), "")
+    local = up.Up(layout, settings)
+    for one in (local, first, further):
+        names = [step.name for step in one.steps()]
+        assert len(set(names)) == len(names)
+        assert all(set(step.after) <= set(names[:i]) for i, step in enumerate(one.steps()))
+        assert {image for image, _, _ in one.named_images()} <= set(images.IMAGES)
+    sources = {kind: {s.name.removesuffix(" from source") for s in one.steps() if s.name.endswith(" from source")}
+               for kind, one in (("local", local), ("first", first), ("further", further))}
+    assert sources == {"local": {"kubernetes", "helm", "argocd", "kuberay", "coredns", "etcd"},
+                       "first": {"kubernetes", "coredns", "etcd", "flannel"}, "further": set()}
+    named = {name for _, name, _ in first.named_images()} ^ {name for _, name, _ in local.named_images()}
+    assert named == {"flannel", "argocd", "kuberay-operator"}
 
 
 def test_a_gpu_without_its_runtime_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

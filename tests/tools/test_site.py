@@ -203,6 +203,16 @@ def test_pod_network(layout: Layout) -> None:
     assert [p["type"] for p in json.loads(path.read_text())["plugins"]] == ["ptp"]
 
 
+def test_results_that_a_power_cut_tore(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "OWN_RESULTS", str(tmp_path))
+    files = {"llm-finetune-a-eth0": "", "llm-finetune-b-eth0": '{"kind": "cni', "llm-finetune-c-eth0": '{"kind": "cniCacheV1"}',
+             "others-d-eth0": ""}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    network.forget_torn_results(Settings())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["llm-finetune-c-eth0", "others-d-eth0"]
+
+
 def test_a_registry_for_other_servers_is_read_only(layout: Layout) -> None:
     for read_only in (False, True):
         registry.registry(layout, Settings(), read_only=read_only)

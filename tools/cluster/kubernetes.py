@@ -60,6 +60,7 @@ def containerd(layout: Layout, settings: Settings) -> Daemon:
     certs.mkdir(parents=True, exist_ok=True)
     (certs / "hosts.toml").write_text(f'server = "http://{settings.registry}"\n[host."http://{settings.registry}"]\n'
                                       '  capabilities = ["pull", "resolve"]\n')
+    network.forget_torn_results(settings)
     debian = layout.debian / "root"
     config = folder / "config.toml"
     runtimes = {"runc": f"{debian}/usr/sbin/runc"}
@@ -265,6 +266,7 @@ def join(layout: Layout, settings: Settings, server: Server, invitation: Invitat
     env, log = layout.environment(), layout.logs / "kubeadm.log"
     if not (ETC / "kubelet.conf").exists():
         say("asking the first server")
+        (ETC / "manifests").mkdir(parents=True, exist_ok=True)  # the kubelet looks there for static pods, and says so each second
         patches.mkdir(exist_ok=True)
         (patches / "kubeletconfiguration+merge.yaml").write_text(yaml.safe_dump(_own_kubelet(layout)))
         config.write_text(yaml.safe_dump({

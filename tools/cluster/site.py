@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import re
 import socket
 import time
@@ -235,6 +236,11 @@ class FurtherServer(Steps):
         return True
 
 
+def _run(layout: Layout, wanted: list[Step]) -> None:
+    steps.run(layout, wanted)
+    os.sync()  # containerd does not sync the images that it unpacks: after a power cut their programs would be empty
+
+
 def notices(plan: Plan) -> list[str]:
     """What does not stand in the way of the cluster, and will in that of a run."""
     found = []
@@ -255,7 +261,7 @@ def up(layout: Layout, asked: argparse.Namespace) -> None:
     (layout.state / preflight.MARK).touch()
     _keep(layout, plan)
     work = FirstServer(layout, plan)
-    steps.run(layout, work.steps())
+    _run(layout, work.steps())
     invitation = kubernetes.invite(layout)
     octet = f"LLM_FINETUNE_OCTET={plan.settings().octet} " if plan.settings().octet != 77 else ""
     backend = f" BACKEND={plan.backend}" if plan.backend != "host-gw" else ""
@@ -281,7 +287,7 @@ def join(layout: Layout, asked: argparse.Namespace) -> None:
     layout.state.mkdir(parents=True, exist_ok=True)
     (layout.state / preflight.MARK).touch()
     _keep(layout, plan)
-    steps.run(layout, FurtherServer(layout, plan, Invitation(asked.token, asked.ca_hash), asked.programs).steps())
+    _run(layout, FurtherServer(layout, plan, Invitation(asked.token, asked.ca_hash), asked.programs).steps())
     print("\n".join(["", *(f"Note: {n}" for n in notices(plan)),
                      f"{plan.name}, {plan.address}, has joined the cluster of {plan.server} in {clock(time.monotonic() - begin)}."]))
 

@@ -137,7 +137,7 @@ def cluster(layout: Layout, settings: Settings, guest: Guest, record: Callable[.
     """The local cluster, opened by `make site-up` and joined by the guest; the second node is deleted at the end."""
     made = Cluster(layout, settings, guest)
     made.open()
-    record("joined", seconds=round(made.join(), 1))
+    record("second node joined", took=round(made.join(), 1))
     made.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}})
     yield made
     made.core.delete_namespace(NAMESPACE, grace_period_seconds=0)

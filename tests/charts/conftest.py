@@ -138,7 +138,8 @@ SITES: dict[str, Values] = {
                                 "annotations": {"a": "b"}},
                     "networkPolicy": {"ingressNamespaces": ["ingress-nginx"]}},
     }),
-    "vLLM": join(CHATBOT, GPU, {"chatbot": {"vllm": {"enabled": True, "gpus": 4, "image": {"tag": "v1"}},
+    "vLLM": join(CHATBOT, GPU, {"global": {"images": {"vllm": {"tag": "v1"}}},
+                                "chatbot": {"vllm": {"enabled": True, "gpus": 4},
                                             "config": {"engine": {"streams": 32, "context": 4096}}}}),
     "clusters of their own": join(JOB, GPU, {
         "global": {"rayCluster": {"standing": False}},

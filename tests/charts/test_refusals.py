@@ -34,7 +34,7 @@ def chat(config: dict[str, Any] | None = None, **values: Any) -> Values:
     return join(CHATBOT, {"chatbot": {**({"config": config} if config else {}), **values}})
 
 
-VLLM = {"enabled": True, "image": {"tag": "v1"}}
+VLLM = {"enabled": True}
 PLUGIN: Values = {"nvidia-device-plugin": {"enabled": True, "namespace": "gpu"}}
 
 REFUSED: dict[str, tuple[Values, list[str]]] = {
@@ -155,7 +155,7 @@ REFUSED: dict[str, tuple[Values, list[str]]] = {
     "vLLM and the base model": (join(GPU, chat({"serve": {"base": True}}, vllm=VLLM)),
                                 ["chatbot.config.serve.base is true", "tuned model alone"]),
     "vLLM and an engine": (join(GPU, chat({"engine": {"url": "http://x/v1"}}, vllm=VLLM)), ["chatbot.config.engine.url", "Leave it out"]),
-    "vLLM of no version": (join(GPU, chat(vllm={"enabled": True})), ["chatbot.vllm.image", "neither a tag nor a digest"]),
+    "vLLM of no version": (join(GPU, chat(vllm=VLLM)), ["global.images.vllm", "neither a tag nor a digest"]),
     "ingress without host": (chat(ingress={"enabled": True}), ["chatbot.ingress.host is empty"]),
     "node port without its type": (chat(service={"nodePort": 30786}), ["chatbot.service.nodePort is 30786", "type: NodePort"]),
     "bounds of the autoscaler": (chat(autoscaling={"enabled": True, "minReplicas": 5}),

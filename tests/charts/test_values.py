@@ -79,7 +79,6 @@ CHANGED: dict[str, Any] = {
     "ray-cluster.networkPolicy.dashboardClients": ["10.9.0.0/16"],
     "ray-cluster.workerDefaults.network.rdma.resourceName": "rdma/other",
     "chatbot.secrets": [{"secretName": "more", "mountPath": "/more"}],
-    "chatbot.vllm.image.digest": "sha256:" + "b" * 64,
     "chatbot.vllm.enabled": False,
     "chatbot.vllm.shmSize": "9Gi",
     "chatbot.vllm.extraArgs": ["--enable-prefix-caching"],

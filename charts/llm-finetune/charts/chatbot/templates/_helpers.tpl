@@ -62,8 +62,8 @@
 {{- fail (printf "chatbot.config.engine.%s is set by the chart with chatbot.vllm.enabled: true. Leave it out." $key) -}}
 {{- end -}}
 {{- end -}}
-{{- if not (or .Values.vllm.image.tag .Values.vllm.image.digest) -}}
-{{- fail "chatbot.vllm.image has neither a tag nor a digest. Name the vLLM version that you have tried, by its digest if you can." -}}
+{{- if not (or .Values.global.images.vllm.tag .Values.global.images.vllm.digest) -}}
+{{- fail "global.images.vllm has neither a tag nor a digest. Name the vLLM version that you have tried, by its digest if you can." -}}
 {{- end -}}
 {{- end -}}
 {{- if and .Values.ingress.enabled (not .Values.ingress.host) -}}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -56,6 +57,24 @@ def speed() -> Iterator[str]:
             newest[key] = (f"| {machine.replace('x', ' x ')} | {NAMES[key[0]]}, {key[1]} | {result['tokens_per_second_per_worker']:,.0f} | "
                            f"{result['mfu']:.1%} | {result['first_step_seconds_after_start']:.0f} s |")
         yield from newest.values()
+
+
+def saves() -> Iterator[str]:
+    """Rows of the table of checkpoints written beside the training: results with saves between steps."""
+    yield ""
+    yield "| a save beside the training | GB a GPU, written in | loop held | slowest step, beyond the usual | lost in all, of the time |"
+    yield "|---|---|---|---|---|"
+    for machine in sorted(path.stem for path in RESULTS.glob("*xH*.jsonl")):
+        for d in cases(machine):
+            every = next((s.partition("=")[2] for s in d["case"]["set"] if s.startswith("checkpoint.every_steps=")), "")
+            written = re.search(r"([\d.]+) GB of this rank in ([\d.]+) s", " ".join(d.get("checkpoint", {}).get("saved", ())))
+            if every and written:
+                cost, steps = d["checkpoint"], d["steps"] - d["case"]["warm"]
+                whole = steps * sum(d["seconds"].values()) + cost["lost_seconds"]
+                lost = cost["lost_seconds"] + steps * d["seconds"]["data"]
+                yield (f"| {machine.replace('x', ' x ')}, {NAMES[d['case']['model']]}, {describe(d['case'])}, every {every} steps | "
+                       f"{float(written[1]):.0f}, {float(written[2]):.0f} s | {cost['held_seconds']:.1f} s | "
+                       f"{cost['slowest_step_beyond_usual']:.1f} s | {lost:.1f} s, {lost / whole:.1%} |")
 
 
 def peers() -> Iterator[str]:
@@ -188,7 +207,7 @@ def nodes() -> Iterator[str]:
 
 
 TABLES: dict[str, dict[str, Callable[[], Iterator[str]]]] = {
-    "README.md": {"": lambda: chain(speed(), peers(), preparation(), starts())},
+    "README.md": {"": lambda: chain(speed(), saves(), peers(), preparation(), starts())},
     "docs/reliability.md": {"": faults, "kills": kills, "nodes": nodes},
     "docs/mixed-gpus.md": {"unequal": unequal},
     "docs/network.md": {"network": network},

@@ -18,6 +18,7 @@ trainer/plan predicts.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import signal
@@ -34,6 +35,7 @@ from record import record
 from train import CONTEXT, REPOSITORY, make_dataset, versions
 
 from trainer.config import parse
+from trainer.files import write_atomic
 from trainer.paths import RunPaths
 from trainer.plan import plan
 from trainer.plan.speed import WIRE_EFFICIENCY
@@ -108,41 +110,49 @@ def configuration(options: argparse.Namespace, storage: Path, kind: str, micro_b
             "resources": {"workers": workers, "cpus_per_worker": 1, "balance": "equal", "node_workers": options.node_workers}}
 
 
-def train(options: argparse.Namespace, cluster: Cluster, kind: str, micro_batches: int) -> dict[str, float]:
-    """One run; seconds of a step, tokens/s, and bytes a step that each node's card sent (medians, mean over nodes)."""
-    with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
-        storage = Path(folder)
-        config = configuration(options, storage, kind, micro_batches)
-        root = storage / "runs/slow"
-        make_dataset(root / "dataset", "even", (options.steps + 2) * config["run"]["train"]["tokens_per_step"], vocabulary=VOCABULARY)
-        (storage / "run.yaml").write_text(yaml.safe_dump(config))
-        processes, log = [], storage / "log"
-        world = options.nodes * options.node_workers
-        with open(log, "ab") as file:
+class Workers:
+    """The processes of all nodes, started once: they do one run after another. Use as a context manager."""
+
+    def __init__(self, options: argparse.Namespace, cluster: Cluster, folder: Path) -> None:
+        self.options, self.cluster, self.folder, self.runs = options, cluster, folder, 0
+        self.log = folder / "log"
+
+    def __enter__(self) -> Workers:
+        options, world = self.options, self.options.nodes * self.options.node_workers
+        self.processes = []
+        with open(self.log, "ab") as file:
             for rank in range(world):
                 node, local = divmod(rank, options.node_workers)
                 environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'benchmarks'}", "OMP_NUM_THREADS": "1",
                                "DS_ACCELERATOR": "cpu", "RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(local),
                                "LOCAL_WORLD_SIZE": str(options.node_workers), "NODE_NAME": f"node-{node}", "GLOO_SOCKET_IFNAME": "eth0",
                                "MASTER_ADDR": f"{NETWORK}.1", "MASTER_PORT": "29500"}
-                processes.append(subprocess.Popen(["ip", "netns", "exec", cluster.names[node], sys.executable, __file__, "--work",
-                                                   str(storage / "run.yaml")], env=environment, stdout=file, stderr=subprocess.STDOUT))
-        deadline = time.monotonic() + options.timeout
-        try:
-            for process in processes:
-                if process.wait(max(1.0, deadline - time.monotonic())):
-                    raise SystemExit(f"{kind}: a worker failed.\n{log.read_text(errors='replace')[-3000:]}")
-        except subprocess.TimeoutExpired:
-            raise SystemExit(f"{kind}: no end after {options.timeout:.0f} s.\n{log.read_text(errors='replace')[-3000:]}") from None
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
+                self.processes.append(subprocess.Popen(["ip", "netns", "exec", self.cluster.names[node], sys.executable, __file__, "--work",
+                                                        str(self.folder)], env=environment, stdout=file, stderr=subprocess.STDOUT))
+        return self
+
+    def train(self, kind: str, micro_batches: int) -> dict[str, float]:
+        """One run; seconds of a step, tokens/s, and bytes a step that each node's card sent (medians, mean over nodes)."""
+        storage, self.runs = self.folder / str(self.runs), self.runs + 1
+        config = configuration(self.options, storage, kind, micro_batches)
+        root = storage / "runs/slow"
+        make_dataset(root / "dataset", "even", (self.options.steps + 2) * config["run"]["train"]["tokens_per_step"], vocabulary=VOCABULARY)
+        write_atomic(storage / "run.yaml", yaml.safe_dump(config))
+        deadline = time.monotonic() + self.options.timeout
+        while not (storage / "done").exists():
+            if time.monotonic() > deadline or any(process.poll() is not None for process in self.processes):
+                raise SystemExit(f"{kind}: a worker failed, or no end in time.\n{self.log.read_text(errors='replace')[-3000:]}")
+            time.sleep(0.1)
         lines = [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()][WARM:]
         seconds = statistics.median(line["tokens"] / line["tokens_per_second"] for line in lines)
         print(f"{kind}: {seconds:.2f} s a step", file=sys.stderr, flush=True)
-        return {"step_seconds": seconds, "tokens_per_second": statistics.median(line["tokens_per_second"] for line in lines),
+        return {"step_seconds": round(seconds, 4), "tokens_per_second": statistics.median(line["tokens_per_second"] for line in lines),
                 "sent_bytes": sent(RunPaths(root), lines[0]["time"], lines[-1]["time"]) / (len(lines) - 1)}
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
 
 
 def sent(paths: RunPaths, begin: float, end: float) -> float:
@@ -169,8 +179,8 @@ def waits(gbps: float) -> float:
     return found.wire_bytes / (gbps / 8 * 1e9 * WIRE_EFFICIENCY) / step.compute
 
 
-def work(path: str) -> None:
-    """One worker: the training stage."""
+def work(folder: Path) -> None:
+    """One worker: the training stage of each run that appears in the folder, until it is ended."""
     import torch
     import torch.distributed as dist
 
@@ -178,10 +188,15 @@ def work(path: str) -> None:
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    stages.work(stages.from_document(yaml.safe_load(Path(path).read_text())), ["train"], torch.device("cpu"),
-                local_rank=int(os.environ["LOCAL_RANK"]))
-    sys.stdout.flush()
-    os._exit(0)  # gloo's threads have nothing to say
+    for number in itertools.count():
+        storage = folder / str(number)
+        while not (storage / "run.yaml").exists():
+            time.sleep(0.1)
+        stages.work(stages.from_document(yaml.safe_load((storage / "run.yaml").read_text())), ["train"], torch.device("cpu"),
+                    local_rank=int(os.environ["LOCAL_RANK"]))
+        dist.barrier()
+        if dist.get_rank() == 0:
+            (storage / "done").touch()
 
 
 def main() -> None:
@@ -200,25 +215,27 @@ def main() -> None:
     parser.add_argument("--work", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
-        work(options.work)
+        work(Path(options.work))
         return
     case = {k: v for k, v in vars(options).items() if k not in ("out", "scratch", "timeout", "work", "gbps")}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # namespaces are removed
-    with Cluster(options.nodes) as cluster:
-        free = {kind: train(options, cluster, kind, options.micro_batches) for kind in options.kinds}
+    with (Cluster(options.nodes) as cluster, tempfile.TemporaryDirectory(dir=options.scratch) as folder,
+          Workers(options, cluster, Path(folder)) as workers):
+        free = {kind: workers.train(kind, options.micro_batches) for kind in options.kinds}
         compute = free["hybrid" if "hybrid" in free else options.kinds[0]]["step_seconds"] / options.micro_batches
         per_micro = predicted_bytes(options, "flat", 1)
         for gbps in options.gbps:
             ratio = waits(gbps)
             link = per_micro / (ratio * compute)
             cluster.limit(link)
-            slow = {kind: train(options, cluster, kind, options.micro_batches) for kind in options.kinds}
+            slow = {kind: workers.train(kind, options.micro_batches) for kind in options.kinds}
             cluster.limit(0)
             for kind, found in slow.items():
                 found["predicted_bytes"] = predicted_bytes(options, kind, options.micro_batches)
                 found["of_free"] = round(found["tokens_per_second"] / free[kind]["tokens_per_second"], 4)
             record({"benchmark": "slow network", "case": case, "gbps": gbps, "waits": round(ratio, 3), "link_mbit": round(link * 8e-6, 1),
-                    "free": free, "slow": slow, "versions": versions()}, options.out)
+                    "free": free, "slow": slow, "load": [round(x, 1) for x in os.getloadavg()], "cores": os.cpu_count(),
+                    "versions": versions()}, options.out)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "benchmarks/results"
 NAMES = {"1b": "1.2B Llama", "3b": "3.5B Llama", "7b": "Llama 2 7B", "13b": "Llama 2 13B", "70b": "Llama 2 70B"}
 END = "<!-- end -->"
+NOT_YET = "Not measured yet."
+"""In place of a table without results."""
 
 
 def results(name: str) -> list[dict[str, Any]]:
@@ -151,6 +153,8 @@ def engines() -> Iterator[str]:
 
 def preparation() -> Iterator[str]:
     """Rows of the table of preparation: the newest result of each number of rows."""
+    if not results("prepare"):
+        return
     yield ""
     yield "| preparation, two processes on two cores | rows/s | CPU seconds | private memory, most |"
     yield "|---|---|---|---|"
@@ -164,6 +168,9 @@ def preparation() -> Iterator[str]:
 
 def kills() -> Iterator[str]:
     """Rows of the table of workers killed at random steps (benchmarks/kills.py)."""
+    if not results("kills"):
+        yield NOT_YET
+        return
     yield "| run | kills | same losses as undisturbed | steps done again (most) | seconds to the next step (median, most) |"
     yield "|---|---|---|---|---|"
     for d in results("kills"):
@@ -177,6 +184,9 @@ def kills() -> Iterator[str]:
 
 def unequal() -> Iterator[str]:
     """Rows of the table of unequal workers: the newest result of each share or slowdown."""
+    if not results("unequal"):
+        yield NOT_YET
+        return
     yield "| workers | equal tokens, of the sum | tokens by speed, of the sum | largest difference of a step's loss to equal tokens |"
     yield "|---|---|---|---|"
     newest = {(d["case"]["gpus"], d["case"].get("nodes", 1), d.get("share") or d.get("slowdown")): d for d in results("unequal")}
@@ -189,6 +199,9 @@ def unequal() -> Iterator[str]:
 
 def network() -> Iterator[str]:
     """Rows of the table of sharding behind limited links: the newest result of each bandwidth."""
+    if not results("network"):
+        yield NOT_YET
+        return
     yield "| links as | sharding | seconds a step | speed, of that without a limit | GB sent by a node a step | by plan |"
     yield "|---|---|---|---|---|---|"
     for gbps, d in sorted({d["gbps"]: d for d in results("network")}.items()):

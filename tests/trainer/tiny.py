@@ -122,8 +122,9 @@ def write_rows(directory: Path, train: int = 120, test: int = 24) -> None:
 
 def run(settings: Config, *, rank: int = 0, world: int = 1, die_at: int = 0, terminate_at: int = 0,
         at_step: Callable[[int], None] | None = None, engine: TinyEngine | None = None,
-        stop: threading.Event | None = None) -> dict[str, Any]:
-    """Train to the end from the newest checkpoint, if there is one. `die_at`: SIGKILL to itself before that step's update."""
+        stop: threading.Event | None = None, short_saves: bool = False) -> dict[str, Any]:
+    """Train to the end from the newest checkpoint, if there is one. `die_at`: SIGKILL to itself before that step's update.
+    `short_saves`: no save lasts longer than a step (steps take a millisecond here, and a save what the machine lets it take)."""
     from trainer.paths import RunPaths
     from trainer.stages import config_sha256
 
@@ -145,6 +146,8 @@ def run(settings: Config, *, rank: int = 0, world: int = 1, die_at: int = 0, ter
             stop.set()
         if at_step is not None:
             at_step(engine.steps)  # type: ignore[attr-defined]
+        if short_saves:
+            checkpointer.wait()
         return update(learning_rate)
 
     engine.step = step  # type: ignore[method-assign]

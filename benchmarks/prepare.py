@@ -170,7 +170,8 @@ def main() -> None:
             for name, of in (("speedup", "seconds"), ("cpu_ratio", "cpu_seconds")):  # the second is steadier on a shared machine
                 by_turn = [round(turn["map"][of] / turn["ours"][of], 2) for turn in turns]
                 result |= {name: statistics.median(by_turn), f"{name}_by_turn": by_turn}
-    record({"benchmark": "prepare", **result, "cores": os.cpu_count(), "load": [round(x, 1) for x in os.getloadavg()], "versions": versions("datasets", "tokenizers")}, arguments.out)
+    record({"benchmark": "prepare", **result, "cores": os.cpu_count(), "load": [round(x, 1) for x in os.getloadavg()],
+            "versions": versions("datasets", "tokenizers")}, arguments.out)
 
 
 if __name__ == "__main__":

@@ -108,17 +108,41 @@ def starts() -> Iterator[str]:
             yield f"| {name} | {d['seconds'] // 60:.0f}:{d['seconds'] % 60:02.0f} | {d['peak_memory_gib']} GiB | {d['disk_gib']} GiB |"
 
 
-def faults() -> Iterator[str]:
-    """Rows of the table of faults on the local cluster (`FAULTS_OUT=benchmarks/results/faults.jsonl make chaos`)."""
-    yield "| fault | tries | same losses as undisturbed | steps done again (most) | next step after (median, worst) |"
-    yield "|---|---|---|---|---|"
-    tries: dict[str, list[dict[str, Any]]] = {}
+def tries(kind: str) -> dict[str, list[dict[str, Any]]]:
+    """Tries of `FAULTS_OUT=benchmarks/results/faults.jsonl make chaos` that have a figure of this kind, by fault."""
+    found: dict[str, list[dict[str, Any]]] = {}
     for one in results("faults"):
-        tries.setdefault(one["fault"], []).append(one)
-    for fault, found in tries.items():
-        seconds = [f["recovery_seconds"] for f in found]
+        if kind in one:
+            found.setdefault(one["fault"], []).append(one)
+    return found
+
+
+def seconds(found: list[dict[str, Any]], key: str) -> str:
+    """Median and worst."""
+    values = [f[key] for f in found]
+    return f"{statistics.median(values):.0f} s, {max(values):.0f} s"
+
+
+def faults() -> Iterator[str]:
+    """Rows of the tables of faults on the local cluster."""
+    yield "| fault of a run | tries | same losses as undisturbed | steps done again (most) | no new step for (median, worst) |"
+    yield "|---|---|---|---|---|"
+    for fault, found in tries("loss_equal").items():
         yield (f"| {fault} | {len(found)} | {sum(f['loss_equal'] for f in found)} | {max(f['repeated_steps'] for f in found)} | "
-               f"{statistics.median(seconds):.0f} s, {max(seconds):.0f} s |")
+               f"{seconds(found, 'recovery_seconds')} |")
+    if ended := tries("text"):
+        yield ""
+        yield "| fault that ends a run | tries | refused with the reason after (median, worst) |"
+        yield "|---|---|---|"
+        for fault, found in ended.items():
+            yield f"| {fault} | {len(found)} | {seconds(found, 'recovery_seconds')} |"
+    if asked := tries("wrong_answers"):
+        yield ""
+        yield "| fault of the chatbot | tries | wrong answers | no answer for (median, worst) | back after its end (median, worst) |"
+        yield "|---|---|---|---|---|"
+        for fault, found in asked.items():
+            yield (f"| {fault.removeprefix('chatbot: ')} | {len(found)} | {sum(f['wrong_answers'] for f in found)} | "
+                   f"{seconds(found, 'away_seconds')} | {seconds(found, 'recovery_seconds')} |")
 
 
 def one(machine: str, **case: Any) -> dict[str, Any]:

@@ -58,7 +58,7 @@ HOST = [Check("up, interrupted", _pytest("tools", "tests/host/test_up.py")), Che
 # Kueue is compiled for it.
 KUEUE = [Check("gang admission", _pytest("tools", "tests/e2e/test_kueue.py", mark="slow"))]
 PROMOTION = [CLUSTER[0], Check("promotion", _pytest("tools", "tests/e2e/test_promotion.py", mark="slow"))]
-CHAOS = [CLUSTER[0], Check("faults", _pytest("tools", "tests/e2e/test_faults.py", mark="slow"))]
+CHAOS = [CLUSTER[0], Check("faults", _pytest("tools", "tests/e2e/test_faults.py", "tests/e2e/test_faults_chatbot.py", mark="slow"))]
 NODES = [CLUSTER[0], Check("second node", _pytest("tools", "tests/nodes"))]
 # Whole runs with faults, on this machine and without a cluster: minutes each.
 SLOW = [Check("trainer, slow", _pytest("trainer", "tests/trainer", mark="slow", timeout_s=3600))]

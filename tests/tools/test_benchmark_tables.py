@@ -17,4 +17,4 @@ def test_the_files_show_the_results():
 
 def test_every_table_is_printed():
     printed = table().stdout
-    assert "tokens/s" in printed and "| fault |" in printed
+    assert "tokens/s" in printed and "| fault of a run |" in printed

@@ -164,7 +164,8 @@ def core_install(go_module_dir: Path, image: str, redis_image: str, secret_value
     settings = {m["metadata"]["name"]: m["data"] for m in read_manifests(ARGOCD / "local" / "settings.yaml")}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     settings["argocd-cm"] |= read_manifests(ARGOCD / "argocd-cm.yaml")[0]["data"]
-    manifests: list[Manifest] = [{"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}}]
+    manifests: list[Manifest] = [{"apiVersion": "v1", "kind": "Namespace",
+                                  "metadata": {"name": NAMESPACE, "labels": {"pod-security.kubernetes.io/enforce": "restricted"}}}]
     for manifest in read_manifests(source):
         name, kind = manifest["metadata"]["name"], manifest["kind"]
         if kind not in ("CustomResourceDefinition", "ClusterRole", "ClusterRoleBinding"):

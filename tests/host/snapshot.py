@@ -17,11 +17,12 @@ SYSCTLS = ("net/ipv4/ip_forward", "net/ipv4/conf/all/route_localnet", "net/bridg
 
 
 def take(layout: Layout) -> dict[str, list[str]]:
-    """Processes (command lines), mounts, links, routes, nft tables, cgroups, folders, kernel settings."""
+    """Processes (command lines), mounts, links, routes, nft tables, ipsets, cgroups, folders, kernel settings."""
     links = sorted(path.name for path in Path("/sys/class/net").iterdir())
     return {"processes": sorted(_processes(layout)), "mounts": sorted(_mounts()), "links": links,
             "routes": sorted(" ".join(line.split()[:3]) for line in Path("/proc/net/route").read_text().splitlines()[1:]),
-            "nft tables": _tables(layout), "cgroups": sorted(_cgroups()), "folders": [f for f in FOLDERS if Path(f).exists()],
+            "nft tables": _lines(layout, "nft", "list", "tables"), "ipsets": _lines(layout, "ipset", "list", "-name"),
+            "cgroups": sorted(_cgroups()), "folders": [f for f in FOLDERS if Path(f).exists()],
             "kernel settings": [f"{name}={Path('/proc/sys', name).read_text().strip()}" for name in SYSCTLS
                                 if Path("/proc/sys", name).exists()]}
 
@@ -65,12 +66,12 @@ def _mounts() -> Iterator[str]:
         yield line.split()[4]
 
 
-def _tables(layout: Layout) -> list[str]:
+def _lines(layout: Layout, *command: str) -> list[str]:
     env = {**os.environ, **layout.environment()}
     try:
-        done = subprocess.run(["nft", "list", "tables"], capture_output=True, text=True, env=env, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
     except FileNotFoundError:
-        return []  # nothing was ever unpacked here, and the host has no nft of its own
+        return []  # nothing was ever unpacked here, and the host has no such program of its own
     return sorted(done.stdout.split("\n"))
 
 

@@ -20,7 +20,8 @@ def test_nothing_is_left_behind(layout: Layout, snapshot_file: Path) -> None:
     assert preflight.ours(layout), "no local cluster: tests/host/test_up.py brings it up"
     before = json.loads(snapshot_file.read_text())
     during = snapshot.new(before, snapshot.take(layout))
-    assert {"processes", "mounts", "links", "nft tables", "cgroups", "folders"} <= set(during), "the comparison sees a running cluster"
+    kinds = {"processes", "mounts", "links", "nft tables", "ipsets", "cgroups", "folders"}
+    assert kinds <= set(during), "the comparison sees a running cluster"
     subprocess.run([sys.executable, "-m", "tools", "down"], cwd=REPOSITORY, check=True, timeout=200)
     deadline = time.monotonic() + 15  # a process that was killed may be shown until it is reaped
     while (left := snapshot.new(before, snapshot.take(layout))) and time.monotonic() < deadline:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tools import shell
-from tools.cluster import daemons, host, kubernetes, network
+from tools.cluster import daemons, host, kubernetes, network, policies
 from tools.cluster.preflight import ours
 from tools.cluster.settings import Settings
 from tools.layout import Layout
@@ -30,6 +30,7 @@ def down(layout: Layout, settings: Settings) -> bool:
     _stop_pods(layout)
     daemons.stop(pids / "containerd", timeout=20)
     _unmount([layout.runtime, layout.state, kubernetes.KUBELET, layout.cache / "containerd", layout.cache / "images"])
+    policies.remove(layout)
     network.down(layout, settings)
     for link in _pod_links():
         shell.output(["ip", "link", "delete", link], env=layout.environment())

@@ -48,6 +48,7 @@ def sources(settings: Settings) -> list[Source]:
         Source("argocd", ("argocd",), 200),
         Source("kuberay", ("ray-operator", "rayjob-submitter"), 90, renamed=(("cmd", "rayjob-submitter"),)),
         *others,
+        Source("netpol", ("netpol",), 45),
     ]
 
 

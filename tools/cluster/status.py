@@ -196,7 +196,7 @@ def newest_run(layout: Layout) -> str:
 def text(api: client.ApiClient, layout: Layout, settings: Settings) -> str:
     """The whole screen."""
     lines = ["Node services"]
-    for name in ("registry", "containerd", "kubelet", "git", "port-dashboard", "port-chatbot"):
+    for name in ("registry", "containerd", "kubelet", "netpol", "git", "port-dashboard", "port-chatbot"):
         pid = daemons.running_pid(layout.runtime / "pids" / name)
         lines.append(f"  {name:22} {f'running (pid {pid})' if pid else 'NOT RUNNING'}")
     lines.append("Pods")

@@ -12,7 +12,7 @@ import yaml
 from kubernetes import client
 
 from tools import argocd, charts, environments, images, runid, shell
-from tools.cluster import kubernetes, model, network, preflight, registry, site, sources, status, steps
+from tools.cluster import kubernetes, model, network, policies, preflight, registry, site, sources, status, steps
 from tools.cluster.settings import Settings
 from tools.cluster.steps import Say, Steps
 from tools.errors import OperatorError
@@ -91,6 +91,11 @@ class Up(Steps):
         say("unpacking")
         return kubernetes.pull(self.layout, f"{self.settings.registry}/llm-finetune/{name}@{digest}", digest,
                                self.layout.logs / f"image-{name}.log")
+
+    def kubernetes(self, say: Say) -> bool:
+        changed = super().kubernetes(say)
+        say("NetworkPolicies")
+        return policies.engine(self.layout, self.settings).start(self.layout) or changed
 
     def chart(self, say: Say) -> bool:
         """Package the chart with the operator's CRDs, and push it where Argo CD pulls it."""

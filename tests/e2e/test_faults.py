@@ -161,7 +161,8 @@ class World:
         self.push(self.checkout, "The run of before")
         until(lambda: (r := self.environment().run) and r.name not in [run.name for run in self.runs], 180, "the run of before")
         for run in self.runs:
-            if run.label == UNDISTURBED:
+            if run.label == UNDISTURBED:  # kept, but no chatbot shall follow it
+                os.utime(run.folder / "report.json", (0, 0))
                 continue
             self.cluster.custom.delete_namespaced_custom_object(*status.RAY, self.cluster.namespace, "rayjobs", run.name)
             shutil.rmtree(run.folder, ignore_errors=True)

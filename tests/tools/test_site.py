@@ -162,7 +162,7 @@ def test_steps(layout: Layout) -> None:
         assert {image for image, _, _ in one.named_images()} <= set(images.IMAGES)
     sources = {kind: {s.name.removesuffix(" from source") for s in one.steps() if s.name.endswith(" from source")}
                for kind, one in (("local", local), ("first", first), ("further", further))}
-    assert sources == {"local": {"kubernetes", "helm", "argocd", "kuberay", "coredns", "etcd"},
+    assert sources == {"local": {"kubernetes", "helm", "argocd", "kuberay", "coredns", "etcd", "netpol"},
                        "first": {"kubernetes", "coredns", "etcd", "flannel"}, "further": set()}
     named = {name for _, name, _ in first.named_images()} ^ {name for _, name, _ in local.named_images()}
     assert named == {"flannel", "argocd", "kuberay-operator"}

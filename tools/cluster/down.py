@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tools import shell
 from tools.cluster import daemons, host, kubernetes, network, policies
-from tools.cluster.preflight import ours
+from tools.cluster.preflight import MARK, ours
 from tools.cluster.settings import Settings
 from tools.layout import Layout
 
@@ -36,18 +36,23 @@ def down(layout: Layout, settings: Settings) -> bool:
         shell.output(["ip", "link", "delete", link], env=layout.environment())
     _remove_cgroups()
     host.restore(layout, settings.name)
-    for path in (kubernetes.ETC, kubernetes.KUBELET, Path("/var/log/containers"), layout.runtime, layout.state):
+    # What says how far the cluster was set up goes first, what says that it is ours last: `make up` after an interrupted `make down` begins
+    # anew, and `make down` goes on.
+    inside = [path for path in layout.state.iterdir() if path.name != MARK]
+    for path in (*inside, kubernetes.ETC, kubernetes.KUBELET, Path("/var/log/containers"), layout.runtime, layout.state):
         _remove(path)
     return True
 
 
 def _remove(path: Path) -> None:
-    """Remove a folder; one that a disk is mounted on is only emptied."""
-    if not path.is_mount():
-        shutil.rmtree(path, ignore_errors=False) if path.exists() else None
-        return
-    for child in path.iterdir():
-        shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()
+    """Remove a file or folder; a folder that a disk is mounted on is only emptied."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.is_mount():
+        for child in path.iterdir():
+            _remove(child)
+    elif path.exists():
+        shutil.rmtree(path)
 
 
 def _stop_pods(layout: Layout) -> None:
@@ -113,8 +118,12 @@ def _pod_links() -> Iterator[str]:
 
 
 def _unmount(below: list[Path]) -> None:
-    """Unmount everything below the given folders, the innermost first. A disk that is mounted on one of them stays."""
-    targets = [line.split()[4].replace("\\040", " ") for line in Path("/proc/self/mountinfo").read_text().splitlines()]
-    for target in reversed(targets):
-        if any(folder in Path(target).parents for folder in below) and not shell.succeeds(["umount", target]):
+    """Unmount everything below the given folders, the innermost first, and the folder of the kubelet that it has mounted on itself. A disk
+    that is mounted on one of them stays."""
+    targets = [Path(line.split()[4].replace("\\040", " ")) for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    for number, target in reversed(list(enumerate(targets))):
+        # The kernel's list is in the order of mounting: what is above a disk, or on a folder without one, is a folder mounted on itself.
+        on_itself = target in below and (target in targets[:number] or not target.is_mount())
+        inside = any(folder in target.parents for folder in below)
+        if (inside or on_itself) and not shell.succeeds(["umount", target]):
             shell.output(["umount", "--lazy", target])

@@ -1,7 +1,7 @@
 """Speed of the chatbot's engine: time to first token and tokens/s at 1, 4 and 16 streams, against plain `generate` in a loop.
 
-    python benchmarks/chatbot.py --model DIRECTORY [--gguf FILE] --device cpu --threads 2 --out benchmarks/results/chatbot.jsonl
-    python benchmarks/chatbot.py --random 7b --tokens 128 --out benchmarks/results/chatbot.jsonl         # one GPU, under 8 minutes
+    python benchmarks/chatbot_speed.py --model DIRECTORY [--gguf FILE] --device cpu --threads 2 --out benchmarks/results/chatbot.jsonl
+    python benchmarks/chatbot_speed.py --random 7b --tokens 128 --out benchmarks/results/chatbot.jsonl         # one GPU, under 8 minutes
 
 Both sides answer the same prompts (research questions, each with an abstract of about 150 tokens) greedily with the same number of
 tokens, with the same weights in memory and the same precision. Plain `generate` answers one after another, as a page without batching

@@ -51,10 +51,13 @@ class Cluster:
         self.core, self.apps = client.CoreV1Api(self.api), client.AppsV1Api(self.api)
         self.custom, self.policies = client.CustomObjectsApi(self.api), client.NetworkingV1Api(self.api)
 
+    def every_pod(self, selector: str, namespace: str = "") -> list[Any]:
+        """Pods in whatever state, those that are being deleted too."""
+        return list(self.core.list_namespaced_pod(namespace or self.namespace, label_selector=selector).items)
+
     def pods(self, selector: str, namespace: str = "") -> list[Any]:
         """Running pods that are not being deleted, by name."""
-        found = self.core.list_namespaced_pod(namespace or self.namespace, label_selector=selector).items
-        running = (p for p in found if p.status.phase == "Running" and not p.metadata.deletion_timestamp)
+        running = (p for p in self.every_pod(selector, namespace) if p.status.phase == "Running" and not p.metadata.deletion_timestamp)
         return sorted(running, key=lambda p: p.metadata.name)
 
     def kill_pod(self, selector: str, chosen: random.Random, grace: int = 0) -> str:

@@ -126,23 +126,24 @@ def chatbot(shared_checkout: Path, push: Any, api: client.ApiClient, layout: Lay
     text = path.read_text()
     document = yaml.safe_load(text)
     document["chatbot"]["config"]["serve"] = {"run": found.run, "sha256": report["checkpoint_sha256"], "follow": "none"}
-    path.write_text(yaml.safe_dump(document, sort_keys=False))
-    push(shared_checkout, "Serve one run")
-    name = "llm-finetune-chatbot"
-    until(lambda: found.run in cluster.core.read_namespaced_config_map(name, cluster.namespace).data["chatbot.yaml"], 180, "the push")
-    until(lambda: len(cluster.core.list_namespaced_pod(cluster.namespace, label_selector=SELECTOR).items) == 1 and found.answers(), 240,
-          "the pinned model")
+
+    def push_and_wait(content: str, message: str) -> None:
+        """Until a pod made after the push is the only one and answers: the one before may serve the same run."""
+        before = {p.metadata.uid for p in cluster.every_pod(SELECTOR)}
+        path.write_text(content)
+        push(shared_checkout, message)
+        until(lambda: len(pods := cluster.every_pod(SELECTOR)) == 1 and pods[0].metadata.uid not in before, 240, f"another pod: {message}")
+        until(lambda: status.served_run(settings) == status.newest_run(layout), 240, "the newest run's model")
+
+    push_and_wait(yaml.safe_dump(document, sort_keys=False), "Serve one run")
     yield found
-    path.write_text(text)
-    push(shared_checkout, "Follow the newest run again")
-    until(lambda: found.run not in cluster.core.read_namespaced_config_map(name, cluster.namespace).data["chatbot.yaml"], 180, "the push")
-    until(lambda: status.served_run(settings) == status.newest_run(layout), 240, "the newest model")
+    push_and_wait(text, "Follow the newest run again")
 
 
 def kill_pod(chatbot: Chatbot, chosen: random.Random) -> None:
     before = chatbot.pod().metadata.uid
     chatbot.cluster.kill_pod(SELECTOR, chosen)
-    until(lambda: chatbot.pod().metadata.uid != before, 120, "another pod")
+    until(lambda: any(p.metadata.uid != before for p in chatbot.cluster.pods(SELECTOR)), 120, "another pod")
 
 
 def take_memory(chatbot: Chatbot, chosen: random.Random) -> None:
@@ -166,7 +167,7 @@ def take_model(chatbot: Chatbot, chosen: random.Random) -> None:
         until(chatbot.not_ready, 60, "the pod's not being ready")
         assert httpx.post(f"{chatbot.url}/ask", json={"question": "Why?"}, timeout=10).status_code == 503
         time.sleep(chosen.uniform(0, 5))
-    except httpx.ConnectError:
+    except httpx.TransportError:
         pass  # the Service has nobody to send to any more: no answer at all is no wrong answer
     finally:
         away.rename(chatbot.model)

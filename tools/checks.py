@@ -56,19 +56,20 @@ CLUSTER = [Check("local cluster up", ["tools", "-m", "tools", "up"]), Check("end
 # From no cluster to none: `make up` interrupted and repeated, and what `make down` leaves.
 HOST = [Check("up, interrupted", _pytest("tools", "tests/host/test_up.py")), Check("down", _pytest("tools", "tests/host/test_down.py"))]
 # Kueue is compiled for it.
-KUEUE = [Check("gang admission", _pytest("tools", "tests/e2e/test_kueue.py", mark="slow"))]
+LONGER = [Check(name, _pytest("tools", f"tests/e2e/{file}.py", mark="slow"))
+          for name, file in (("gang admission", "test_kueue"), ("unequal groups", "test_unequal_groups"), ("upgrade", "test_upgrade"))]
 PROMOTION = [CLUSTER[0], Check("promotion", _pytest("tools", "tests/e2e/test_promotion.py", mark="slow"))]
 CHAOS = [CLUSTER[0], Check("faults", _pytest("tools", "tests/e2e/test_faults.py", "tests/e2e/test_faults_chatbot.py", mark="slow"))]
 NODES = [CLUSTER[0], Check("second node", _pytest("tools", "tests/nodes"))]
 # Whole runs with faults, on this machine and without a cluster: minutes each.
 SLOW = [Check("trainer, slow", _pytest("trainer", "tests/trainer", mark="slow", timeout_s=3600))]
-SUITES = {"lint": LINT, "fast": [*LINT, *UNIT], "all": [*LINT, *UNIT, *CLUSTER], "host": HOST, "e2e": [*CLUSTER, *KUEUE, PROMOTION[1]],
+SUITES = {"lint": LINT, "fast": [*LINT, *UNIT], "all": [*LINT, *UNIT, *CLUSTER], "host": HOST, "e2e": [*CLUSTER, *LONGER, PROMOTION[1]],
           "promotion": PROMOTION, "chaos": CHAOS, "nodes": NODES, "fuzz": FUZZED, "scan": SCANNED, "slow": SLOW}
 NOT_RUN = {
     "lint": "tests (make test)",
     "fast": "end-to-end tests on the local cluster (make test)",
     "host": "everything else (make test)",
-    "all": "make up and down themselves (make test-host), promotion (make e2e-promotion), gang admission (make e2e), "
+    "all": "make up and down themselves (make test-host), promotion, gang admission, unequal groups, upgrade (make e2e), "
            "scanners (make scan), faults (make chaos), a second node (make e2e-nodes), benchmarks/",
     "e2e": "lint and unit tests (make test-fast)",
     "promotion": "everything else (make test)",

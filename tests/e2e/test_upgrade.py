@@ -34,6 +34,7 @@ def values(api: client.ApiClient) -> dict[str, Any]:
                     "config": {"serve": {"base": False}}}})
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_upgrade_and_back(release: site.Release, api: client.ApiClient, kube_cluster: Any, wait_for: site.Wait) -> None:
     given = values(api)

@@ -13,8 +13,21 @@ import yaml
 from kubernetes import client
 
 from tools import results as results_module
-from tools.cluster import status
+from tools.cluster import registry, status
 from tools.layout import REPOSITORY
+
+
+@pytest.fixture
+def settled(environment, wait_for, layout, settings):
+    """Waits until the Application has what git says now, and its run has ended; returns that state."""
+    def wait() -> status.State:
+        head = subprocess.check_output(["git", "-C", registry.git_repository(layout, settings), "rev-parse", registry.BRANCH], text=True)
+
+        def found() -> status.State | None:
+            state = environment()
+            return state if head.startswith(state.revision or "none") and state.sync == "Synced" and state.run_ended else None
+        return wait_for(found, 180, "the run that git names")
+    return wait
 
 
 def test_everything_is_delivered_by_argo_cd(environment):
@@ -101,20 +114,19 @@ def test_a_push_of_another_learning_rate_starts_another_run(checkout, push, envi
     assert {first, second} <= names, "the first RayJob stays"
 
 
-def test_going_back_finds_the_old_run_finished(environment, wait_for, layout):
+def test_going_back_finds_the_old_run_finished(settled, layout):
     """The push before was taken back: the first run is wanted again, and nothing trains."""
     runs = {path.name for path in (layout.storage / "runs").iterdir()}
-    state = wait_for(lambda: (s := environment()).sync == "Synced" and s.run_ended and s, 120, "the old run")
-    assert state.run.name in runs
+    assert settled().run.name in runs
     time.sleep(20)
     assert {path.name for path in (layout.storage / "runs").iterdir()} == runs
 
 
 @pytest.mark.timeout(600)
-def test_a_finished_run_is_never_trained_again(environment, wait_for, layout, api, namespace):
+def test_a_finished_run_is_never_trained_again(settled, environment, wait_for, layout, api, namespace):
     """Its RayJob deleted and made anew, the operator restarted, the Application deleted and made anew: what is finished stays as it is."""
-    state = wait_for(lambda: (s := environment()).sync == "Synced" and s.run_ended and s, 120, "a finished run")
-    run, folder = state.run.name, layout.storage / "runs" / state.run.name
+    run = settled().run.name
+    folder = layout.storage / "runs" / run
     custom, core = client.CustomObjectsApi(api), client.CoreV1Api(api)
 
     def uid(group: tuple[str, str], where: str, plural: str, name: str) -> str:

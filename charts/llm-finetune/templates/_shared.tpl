@@ -112,3 +112,19 @@ affinity:
 {{- end -}}
 {{- mulf (float64 $number) (get $units $unit) | int64 -}}
 {{- end }}
+
+{{/* Python of the test pods: `status(url)`. Where the network's rules are kept by an agent, it knows a new pod only after some seconds. */}}
+{{- define "llm-finetune.testStatus" -}}
+import sys, time, urllib.error, urllib.request
+def status(url):
+    for _ in range(30):
+        try:
+            with urllib.request.urlopen(url, timeout=30) as answer:
+                return answer.status
+        except urllib.error.HTTPError as error:
+            return error.code
+        except OSError as error:
+            reason = error
+            time.sleep(2)
+    sys.exit(f"{url} does not answer: {reason}")
+{{- end }}

@@ -164,6 +164,8 @@ def test_steps(layout: Layout) -> None:
                for kind, one in (("local", local), ("first", first), ("further", further))}
     assert sources == {"local": {"kubernetes", "helm", "argocd", "kuberay", "coredns", "etcd", "netpol"},
                        "first": {"kubernetes", "coredns", "etcd", "flannel"}, "further": set()}
+    after = {step.name: step.after for step in local.steps()}
+    assert "netpol from source" in after["Kubernetes"] and "netpol from source" not in after["node images"]
     named = {name for _, name, _ in first.named_images()} ^ {name for _, name, _ in local.named_images()}
     assert named == {"flannel", "argocd", "kuberay-operator"}
 

@@ -35,6 +35,7 @@ class Up(Steps):
     def steps(self) -> list[Step]:
         """All of it. Two run at once: compilers on one side, downloads and image layers on the other."""
         chain = self._sources(sources.sources(self.settings))
+        policies = chain[-1].name  # a service of the node, in no image: compiled while the images are made
         return [
             Step("Debian packages", self.packages, 15),
             *chain,
@@ -46,8 +47,8 @@ class Up(Steps):
             Step("trainer image to the node", lambda say: self.publish("trainer", say), 150, after=("trainer image", "node services")),
             self._image("chatbot", 60, "trainer image to the node"),
             Step("chatbot image to the node", lambda say: self.publish("chatbot", say), 30, after=("chatbot image",)),
-            Step("node images", self.node_images, 60, after=("base image", "node services", *(step.name for step in chain))),
-            Step("Kubernetes", self.kubernetes, 60, after=("node images",)),
+            Step("node images", self.node_images, 60, after=("base image", "node services", *(step.name for step in chain[:-1]))),
+            Step("Kubernetes", self.kubernetes, 60, after=("node images", policies)),
             Step("chart", self.chart, 5, after=("kuberay from source", "helm from source", "node services")),
             Step("Argo CD", self.argocd, 40, after=("Kubernetes", "chart", "chatbot image to the node", "base model")),
             Step("first run", self.first_run, 300, after=("Argo CD",)),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from kubernetes import client
 
+from tests import waiting
 from tools.cluster import kubernetes, registry, status
 from tools.cluster.settings import Settings
 from tools.layout import Layout
@@ -55,13 +56,7 @@ def environment(api: client.ApiClient, layout: Layout) -> Callable[[], status.St
 @pytest.fixture(scope="session")
 def wait_for() -> Callable[..., Any]:
     """Poll a question until its answer is true; returns the answer."""
-    def wait(question: Callable[[], Any], seconds: float, what: str) -> Any:
-        deadline = time.monotonic() + seconds
-        while not (answer := question()):
-            assert time.monotonic() < deadline, f"{what}: not within {seconds:.0f} s"
-            time.sleep(1.0)
-        return answer
-    return wait
+    return functools.partial(waiting.wait_for, every=1.0)
 
 
 @contextlib.contextmanager

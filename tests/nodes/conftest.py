@@ -17,6 +17,7 @@ import pytest
 from kubernetes import client
 
 from tests.nodes.guest import Guest
+from tests.waiting import wait_for
 from tools.cluster import kubernetes
 from tools.cluster.settings import Settings
 from tools.layout import REPOSITORY, Layout
@@ -121,15 +122,6 @@ class Cluster:
     def ready_pods(self, app: str, node: str) -> list[Any]:
         return [p for p in self.pods(app) if p.spec.node_name == node
                 and any(c.type == "Ready" and c.status == "True" for c in p.status.conditions or [])]
-
-
-def wait_for(question: Callable[[], Any], seconds: float, what: str) -> Any:
-    """Poll a question until its answer is true; returns the answer."""
-    deadline = time.monotonic() + seconds
-    while not (answer := question()):
-        assert time.monotonic() < deadline, f"{what}: not within {seconds:.0f} s"
-        time.sleep(0.5)
-    return answer
 
 
 @pytest.fixture(scope="session")

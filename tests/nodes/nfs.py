@@ -12,7 +12,7 @@ import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import yaml
 from kubernetes import client
 
 from tests.nodes.guest import Guest, GuestError
+from tests.waiting import wait_for
 from tools import charts, images, shell
 from tools.cluster import kubernetes
 from tools.cluster.settings import Settings
@@ -32,15 +33,6 @@ CLAIMS = "llm-finetune-nfs-claims"
 """Namespace of the release, where the claim is; the server has the other one, with Pod Security `privileged`."""
 MOUNT = "/mnt/nfs"
 UID = 1000
-
-
-def wait(question: Callable[[], Any], seconds: float, what: str, every: float = 0.5) -> Any:
-    """Poll until the answer is true; returns it."""
-    deadline = time.monotonic() + seconds
-    while not (answer := question()):
-        assert time.monotonic() < deadline, f"{what}: not within {seconds:.0f} s"
-        time.sleep(every)
-    return answer
 
 
 class Disk:
@@ -139,7 +131,7 @@ class Server:
         with contextlib.suppress(client.ApiException):
             core.delete_persistent_volume(f"{CLAIMS}-llm-finetune-storage")
         names = {item.metadata.name for item in core.list_namespace().items}
-        wait(lambda: not {CLAIMS, NAMESPACE} & {item.metadata.name for item in core.list_namespace().items}, 120, f"{names} removed")
+        wait_for(lambda: not {CLAIMS, NAMESPACE} & {item.metadata.name for item in core.list_namespace().items}, 120, f"{names} removed")
         self.disk.remove()
 
     def pod(self) -> Any:
@@ -155,7 +147,7 @@ class Server:
     def stop(self) -> None:
         """The pod goes: an orderly end."""
         self.scale(0)
-        wait(lambda: self.pod() is None, 60, "the server's pod is gone")
+        wait_for(lambda: self.pod() is None, 60, "the server's pod is gone")
 
     def start(self) -> None:
         self.scale(1)
@@ -216,12 +208,12 @@ class Work:
             text, lines = self.text(), self.lines()
             assert "\nended " not in text or any(line.get(key) == value for line in lines), text
             return [line for line in lines if line.get(key) == value]
-        line: dict[str, Any] = wait(found, seconds, f"{key}: {value} of the work in the guest", every=0.1)[0]
+        line: dict[str, Any] = wait_for(found, seconds, f"{key}: {value} of the work in the guest", every=0.1)[0]
         return line
 
     def end(self, seconds: float = 600) -> list[dict[str, Any]]:
         """Wait for its end; returns what it said. Fails if it failed."""
-        wait(lambda: "\nended " in self.text(), seconds, "the work in the guest ends")
+        wait_for(lambda: "\nended " in self.text(), seconds, "the work in the guest ends")
         assert self.text().endswith("ended 0\n"), self.text()
         return self.lines()
 

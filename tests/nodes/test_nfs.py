@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from tests.nodes.guest import Guest, GuestError
-from tests.nodes.nfs import MOUNT, UID, Disk, SecondClient, Server, Work, as_user, background, python, refused, wait, work
+from tests.nodes.nfs import MOUNT, UID, Disk, SecondClient, Server, Work, as_user, background, python, refused, work
+from tests.waiting import wait_for
 from tools.cluster import kubernetes
 from tools.cluster.settings import Settings
 from tools.layout import Layout
@@ -226,7 +227,7 @@ def test_checkpoints_and_shards(guest: Guest, folder: str) -> None:
 def under_way(server: Server, folder: str, step: int) -> None:
     """Until a checkpoint's file is being written."""
     where = server.storage / Path(folder).name / "checkpoints"
-    wait(lambda: any(path.stat().st_size > 1 << 20 for path in where.glob(f".step-{step}.*/rank-*")), 300, f"step {step} begins", 0.02)
+    wait_for(lambda: any(path.stat().st_size > 1 << 20 for path in where.glob(f".step-{step}.*/rank-*")), 300, f"step {step} begins", 0.02)
 
 
 def test_server_away_in_a_checkpoint(guest: Guest, server: Server, folder: str) -> None:
@@ -263,7 +264,7 @@ def test_server_killed_in_a_checkpoint(guest: Guest, second: SecondClient, serve
               f"while [ ! -e {folder}/over ]; do sleep 0.5; echo still >&9 || exit 2; done; exit 0")
     background(guest, f"{as_user(UID, holder)}; echo $? > /tmp/holder")
     theirs = lock.replace(MOUNT, f"{MOUNT}-second", 1)
-    wait(lambda: (server.storage / Path(folder).name / "locked").exists(), 30, "the lock is held")
+    wait_for(lambda: (server.storage / Path(folder).name / "locked").exists(), 30, "the lock is held")
     taken = second.inside(as_user(UID, f"flock -n {theirs} echo taken || echo refused"))
     assert guest.run(taken) == "refused\n"
     saving = Work(guest, f"checkpoint_work {folder}/checkpoints --count 3 --megabytes {CHECKPOINT_MB}")
@@ -281,7 +282,7 @@ def test_server_killed_in_a_checkpoint(guest: Guest, second: SecondClient, serve
     assert [line["saved"] for line in saves(lines)] == [True] * 3
     whole(lines, 1, 2, 3)
     guest.run(as_user(UID, f"touch {folder}/over"))
-    assert wait(lambda: guest.run("cat /tmp/holder 2>/dev/null || true"), 30, "the holder ends") == "0\n", "the holder lost its lock"
+    assert wait_for(lambda: guest.run("cat /tmp/holder 2>/dev/null || true"), 30, "the holder ends") == "0\n", "the holder lost its lock"
     assert guest.run(taken) == "taken\n"
     assert "reclaim complete" in server.log()
 
@@ -328,7 +329,7 @@ def test_handles_survive_another_device_number(guest: Guest, server: Server, fol
     assert server.disk.device != before
     server.start()
     guest.run(f"echo 3 > /proc/sys/vm/drop_caches; touch {GATE}-read")
-    assert wait(lambda: guest.run("cat /tmp/read 2>/dev/null || true"), 60, "the open file is read") == "before\n"
+    assert wait_for(lambda: guest.run("cat /tmp/read 2>/dev/null || true"), 60, "the open file is read") == "before\n"
 
 
 def test_stale_handle(guest: Guest, second: SecondClient, server: Server, folder: str) -> None:
@@ -342,7 +343,7 @@ def test_stale_handle(guest: Guest, second: SecondClient, server: Server, folder
     second.run(as_user(UID, f"rm -rf {folder.replace(MOUNT, f'{MOUNT}-second', 1)}/checkpoints/step-1"))
     server.kill()  # what it had open for the first client it has no more
     guest.run(f"echo 3 > /proc/sys/vm/drop_caches; touch {GATE}-read", timeout=150)
-    said = wait(lambda: guest.run("cat /tmp/read 2>/dev/null || true"), 150, "the removed file is read")
+    said = wait_for(lambda: guest.run("cat /tmp/read 2>/dev/null || true"), 150, "the removed file is read")
     print(f"a removed file that was open, after the server's restart: {said.strip()}")
     assert re.search(r"Stale file handle|Bad file descriptor|Input/output error", said), said
     guest.run(f"touch {GATE}-end")

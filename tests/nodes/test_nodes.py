@@ -9,7 +9,8 @@ from collections.abc import Callable
 import httpx
 import pytest
 
-from tests.nodes.conftest import NAMESPACE, TAINT, Cluster, server, wait_for
+from tests.nodes.conftest import NAMESPACE, TAINT, Cluster, server
+from tests.waiting import wait_for
 from tools.cluster import daemons, kubernetes, network
 from tools.cluster.kubernetes import Server
 

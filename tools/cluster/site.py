@@ -13,6 +13,7 @@ import os
 import re
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from tools.cluster import daemons, flannel, host, kubernetes, network, preflight, programs, registry, sources, steps
@@ -251,15 +252,20 @@ def notices(plan: Plan) -> list[str]:
     return found
 
 
+def _claim(layout: Layout, plan: Plan, problems: Iterator[str]) -> None:
+    """Refuse what is in the way, before anything is touched; then note that this host is ours, and how it was asked to be."""
+    _check_names(plan)
+    preflight.check(problems)
+    layout.state.mkdir(parents=True, exist_ok=True)
+    (layout.state / preflight.MARK).touch()
+    _keep(layout, plan)
+
+
 def up(layout: Layout, asked: argparse.Namespace) -> None:
     """`make site-up`."""
     begin = time.monotonic()
     plan = first_plan(layout, asked)
-    _check_names(plan)
-    preflight.check(preflight.first_server_problems(layout, plan.settings()))
-    layout.state.mkdir(parents=True, exist_ok=True)
-    (layout.state / preflight.MARK).touch()
-    _keep(layout, plan)
+    _claim(layout, plan, preflight.first_server_problems(layout, plan.settings()))
     work = FirstServer(layout, plan)
     _run(layout, work.steps())
     invitation = kubernetes.invite(layout)
@@ -282,11 +288,7 @@ def join(layout: Layout, asked: argparse.Namespace) -> None:
     """`make site-join`."""
     begin = time.monotonic()
     plan = joining_plan(layout, asked)
-    _check_names(plan)
-    preflight.check(preflight.further_server_problems(layout, plan.settings()))
-    layout.state.mkdir(parents=True, exist_ok=True)
-    (layout.state / preflight.MARK).touch()
-    _keep(layout, plan)
+    _claim(layout, plan, preflight.further_server_problems(layout, plan.settings()))
     _run(layout, FurtherServer(layout, plan, Invitation(asked.token, asked.ca_hash), asked.programs).steps())
     print("\n".join(["", *(f"Note: {n}" for n in notices(plan)),
                      f"{plan.name}, {plan.address}, has joined the cluster of {plan.server} in {clock(time.monotonic() - begin)}."]))

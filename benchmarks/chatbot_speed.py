@@ -128,8 +128,8 @@ def median(runs: list[dict[str, float]]) -> dict[str, float]:
     return {key: statistics.median(run[key] for run in runs) for key in runs[0]}
 
 
-def main() -> None:
-    """Measure and print."""
+def command_line() -> argparse.ArgumentParser:
+    """The options."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", type=Path, help="model directory")
@@ -143,7 +143,12 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--out", default="")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Measure and print."""
+    args = command_line().parse_args()
     set_threads(args.threads)
     device = pick_device(args.device)
     config = EngineConfig(device=args.device, precision=args.precision, streams=max(args.streams), context=args.context,

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import yaml
-from train import REPOSITORY, make_dataset
+from train import REPOSITORY, end, make_dataset, told_steps
 
 
 class Run:
@@ -46,8 +46,7 @@ class Run:
 
     def lines(self) -> list[dict[str, Any]]:
         """Steps that were told of."""
-        text = self.metrics.read_text() if self.metrics.exists() else ""
-        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        return told_steps(self.metrics)
 
     def told(self) -> str:
         """The end of what the run printed."""
@@ -55,15 +54,14 @@ class Run:
 
     def end(self) -> None:
         """End the run without its last checkpoint: this process's children only."""
-        family = []
-        with contextlib.suppress(psutil.NoSuchProcess):
-            family = psutil.Process(self.process.pid).children(recursive=True)
-        for member in [*family, self.process]:
-            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
-                member.kill()
-        self.process.wait()
-        psutil.wait_procs(family, timeout=20)
+        end(self.process)
         self.log.close()
+
+
+def visible(numbers: Iterable[int]) -> str:
+    """CUDA_VISIBLE_DEVICES for these of the GPUs that this process may use."""
+    own = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return ",".join(own.split(",")[number] if own else str(number) for number in numbers)
 
 
 class Nodes:
@@ -87,7 +85,7 @@ class Nodes:
     def add(self, number: int) -> Any:
         """The node for the workers (and GPUs) of this number."""
         ids = range(number * self.workers, (number + 1) * self.workers)
-        gpus = {"num_gpus": self.workers, "env_vars": {"CUDA_VISIBLE_DEVICES": ",".join(map(str, ids))}} if self.gpus else {}
+        gpus = {"num_gpus": self.workers, "env_vars": {"CUDA_VISIBLE_DEVICES": visible(ids)}} if self.gpus else {}
         return self.cluster.add_node(num_cpus=self.workers, object_store_memory=80 << 20, **gpus)
 
     @property

@@ -12,6 +12,7 @@ the loss says nothing; with `--text chain` they follow a random Markov chain, wh
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import statistics
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import yaml
 from record import record
 
@@ -132,6 +134,39 @@ def lost_share(lines: list[dict[str, Any]]) -> float | None:
     return round(1 - computing / (lines[-1]["time"] - lines[0]["time"]), 5)
 
 
+def told_steps(metrics: Path) -> list[dict[str, Any]]:
+    """The whole lines of a run's metrics.jsonl."""
+    text = metrics.read_text() if metrics.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a run without its last checkpoint: this process and its children only."""
+    family = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        family = psutil.Process(process.pid).children(recursive=True)
+    for member in [*family, process]:
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+            member.kill()
+    process.wait()
+    psutil.wait_procs(family, timeout=20)
+
+
+def watch(process: subprocess.Popen[bytes], metrics: Path, options: argparse.Namespace) -> int:
+    """Exit code of a run: 0 too if it was ended after its last step (`--unsaved`), 124 after `--timeout` seconds (what was measured until
+    then still counts)."""
+    deadline = time.monotonic() + options.timeout
+    while process.poll() is None and time.monotonic() < deadline:
+        if options.unsaved and len(told_steps(metrics)) >= options.steps:
+            end(process)
+            return 0
+        time.sleep(0.2)
+    if process.poll() is not None:
+        return process.returncode
+    end(process)
+    return 124
+
+
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Run one case; returns its figures."""
     with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
@@ -143,15 +178,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         began = time.monotonic()
         log = Path(options.log) if options.log else storage / "log"
         with open(log, "a") as file:
-            try:
-                code = subprocess.run([sys.executable, "-m", "trainer", "train", "--config", str(storage / "run.yaml")], cwd=REPOSITORY,
-                                      stdout=file, stderr=subprocess.STDOUT, timeout=options.timeout, check=False).returncode
-            except subprocess.TimeoutExpired:
-                code = 124  # what was measured until then still counts
+            process = subprocess.Popen([sys.executable, "-m", "trainer", "train", "--config", str(storage / "run.yaml")], cwd=REPOSITORY,
+                                       stdout=file, stderr=subprocess.STDOUT)
+            code = watch(process, run / "metrics.jsonl", options)
         case = {k: v for k, v in vars(options).items() if k not in ("out", "scratch", "log", "timeout")}
         result: dict[str, Any] = {"case": case, "exit": code, "wall_seconds": round(time.monotonic() - began, 1)}
-        metrics = run / "metrics.jsonl"
-        lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+        lines = told_steps(run / "metrics.jsonl")
         steady = lines[options.warm:]
         if steady:
             per_second = statistics.median(line["tokens_per_second"] for line in steady)
@@ -212,6 +244,7 @@ def command_line(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument("--warm", type=int, default=4, help="first steps that do not count")
     parser.add_argument("--set", action="append", default=[], help="any other field of `run`, for example engine.offload=cpu")
     parser.add_argument("--text", choices=("random", "chain"), default="random", help="what the token ids are drawn from")
+    parser.add_argument("--unsaved", action="store_true", help="end the run after its last step, without its final save (81 GB with a 7B)")
     parser.add_argument("--curve", action="store_true", help="tell every step's loss")
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--out", default="")

@@ -36,7 +36,7 @@ from typing import Any
 
 import psutil
 from record import record
-from runs import Nodes, Run
+from runs import Nodes, Run, visible
 from train import CONTEXT, MODELS, VOCABULARY, versions
 
 PERIOD_S = 0.01
@@ -126,7 +126,7 @@ def occupied(gpus: list[int], slowdown: float) -> Iterator[None]:
         for gpu in gpus:
             for busy in neighbours(slowdown):
                 command = [sys.executable, __file__, "--occupy", str(busy)]
-                others.append(subprocess.Popen(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)}, stdout=subprocess.PIPE))
+                others.append(subprocess.Popen(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": visible([gpu])}, stdout=subprocess.PIPE))
         for other in others:
             assert other.stdout is not None
             other.stdout.readline()

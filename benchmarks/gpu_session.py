@@ -22,7 +22,10 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
+
+from record import BESIDE
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SPEED = ""
@@ -136,8 +139,8 @@ def groups(rows: list[Row]) -> list[list[list[Row]]]:
     return [list(part.values()) for part in parts]
 
 
-def run(rows: list[Row], out: Path, end: float) -> int:
-    """Run rows one after another until `end` (monotonic seconds). Returns how many failed or were not run."""
+def run(rows: list[Row], out: Path, end: float, beside: int) -> int:
+    """Run rows one after another until `end` (monotonic seconds), while `beside` others run. Returns how many failed or were not run."""
     failed = 0
     for row in rows:
         left = min(row.seconds, end - time.monotonic())
@@ -150,7 +153,7 @@ def run(rows: list[Row], out: Path, end: float) -> int:
         command = [sys.executable, str(REPOSITORY / "benchmarks" / script), *words, "--out", str(results_file(row, out))]
         if script not in UNBOUNDED:
             command += ["--timeout", str(round((left - 15) / RUNS.get(script, 1)))]
-        own = {"CUDA_VISIBLE_DEVICES": row.gpus} if row.gpus else {}
+        own = {BESIDE: str(beside), **({"CUDA_VISIBLE_DEVICES": row.gpus} if row.gpus else {})}
         try:
             code = subprocess.run(command, cwd=REPOSITORY, env={**os.environ, **own}, check=False, timeout=left).returncode
         except subprocess.TimeoutExpired:
@@ -178,7 +181,7 @@ def main() -> int:
     end, failed = time.monotonic() + options.seconds, 0
     for part in groups(CALLS[options.call]):
         with ThreadPoolExecutor(len(part)) as pool:
-            failed += sum(pool.map(lambda rows: run(rows, options.out, end), part))
+            failed += sum(pool.map(run, part, repeat(options.out), repeat(end), repeat(len(part) - 1)))
     return int(failed > 0)
 
 

@@ -95,6 +95,13 @@ def checkpoints(run: Path) -> list[int]:
     return [int(path.name.split("-")[1]) for path in (run / "checkpoints").glob("step-*")]
 
 
+def device(options: argparse.Namespace) -> str:
+    """The first GPU's name, or CPU."""
+    import torch
+
+    return torch.cuda.get_device_name() if options.gpus else "CPU"
+
+
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Run, kill, run again; returns what was seen."""
     with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
@@ -138,7 +145,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         result["holds"] = bool(result["exit"] == 0 and result["resumed"] and result["steps"] and kept > 0
                                and isinstance(result["export"], dict) and result["export"]["finite"]
                                and result["loss"][1] < result["loss"][0])
-    return result | {"versions": versions()}
+    return result | {"device": device(options), "versions": versions()}
 
 
 def command_line() -> argparse.ArgumentParser:

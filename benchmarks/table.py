@@ -55,7 +55,8 @@ def speed() -> Iterator[str]:
     for machine in sorted(path.stem for path in RESULTS.glob("*xH*.jsonl")):
         newest: dict[tuple[str, str], str] = {}
         for result in cases(machine):
-            key = (result["case"]["model"], describe(result["case"]))
+            beside = ", beside runs on the host's other GPUs" if result.get("beside") else ""
+            key = (result["case"]["model"], describe(result["case"]) + beside)
             newest[key] = (f"| {machine.replace('x', ' x ')} | {NAMES[key[0]]}, {key[1]} | {result['tokens_per_second_per_worker']:,.0f} | "
                            f"{result['mfu']:.1%} | {result['first_step_seconds_after_start']:.0f} s |")
         yield from newest.values()
@@ -80,19 +81,36 @@ def saves() -> Iterator[str]:
 
 
 def peers() -> Iterator[str]:
-    """Rows of the table of others' loops: the product's fastest run of the same model on the same rows and GPU beside each."""
+    """Rows of the table of others' loops: the product's fastest run of the same model on the same rows and GPUs beside each."""
     yield ""
-    yield "| the same model, rows and GPU (1 x H100, 3.5B Llama, full, bf16) | tokens/s | this project's fastest |"
+    yield "| full fine-tune, bf16: others' loops | tokens/s a GPU | this project's fastest |"
     yield "|---|---|---|"
     names = {"old": "DeepSpeed ZeRO-3, rows padded to 512, loss on all", "trl": "TRL's SFTTrainer, packed, Liger"}
     kept = {"bfloat16": "weights and optimizer in bf16", "float32": "weights and optimizer in fp32, as this project keeps them"}
     for peer in results("peers"):
-        case = peer["case"]
-        ours = max(d["tokens_per_second"] for d in cases("1xH100")
-                   if (d["case"]["model"], d["case"]["rows"], d["case"]["method"]) == (case["model"], case["rows"], "full"))
-        words = [names[case["peer"]], *([kept[case["weights"]]] if case["peer"] == "trl" else []),
+        case, speed = peer["case"], peer["tokens_per_second_per_worker"]
+        machine = f"{case['gpus']}x{'H200' if 'H200' in peer['device'] else 'H100'}"
+        ours = max((d["tokens_per_second_per_worker"] for d in cases(machine) if d["case"]["float8"] == "none" and
+                    (d["case"]["model"], d["case"]["rows"], d["case"]["method"]) == (case["model"], case["rows"], "full")), default=0.0)
+        words = [machine.replace("x", " x "), NAMES[case["model"]], names[case["peer"]],
+                 *([kept[case["weights"]]] if case["peer"] == "trl" else []),
                  "rows with context" if case["rows"] == "qca" else "rows without context"]
-        yield f"| {', '.join(words)} | {peer['tokens_per_second']:,.0f} | {ours:,.0f}: {ours / peer['tokens_per_second']:.2f} times |"
+        times = f"{ours:,.0f}: {ours / speed:.2f} times" if ours else "not measured on these rows"
+        yield f"| {', '.join(words)} | {speed:,.0f} | {times} |"
+
+
+def lifecycles() -> Iterator[str]:
+    """Rows of the table of runs that were killed, resumed, exported and loaded."""
+    yield ""
+    yield "| one run on one GPU | killed after step | went on after step | loss | exported and loaded |"
+    yield "|---|---|---|---|---|"
+    newest = {(d["case"]["model"], d["case"]["method"]): d for d in results("lifecycle")}
+    for (model, method), d in newest.items():
+        layers = f" ({d['case']['layers']} layers)" if d["case"].get("layers") else ""
+        kind = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}[method]
+        name = f"{d['device'].removeprefix('NVIDIA ')}, {NAMES[model]}{layers}, {kind}"
+        yield (f"| {name} | {d['killed_after_step']} of {d['case']['steps']} | {d['checkpoint_then']} | "
+               f"{d['loss'][0]:.2f} to {d['loss'][1]:.2f} | {'yes' if d['holds'] else 'time was up'} |")
 
 
 def starts() -> Iterator[str]:
@@ -244,7 +262,7 @@ def nodes() -> Iterator[str]:
 
 
 TABLES: dict[str, dict[str, Callable[[], Iterator[str]]]] = {
-    "README.md": {"": lambda: chain(speed(), saves(), peers(), preparation(), starts())},
+    "README.md": {"": lambda: chain(speed(), saves(), peers(), lifecycles(), preparation(), starts())},
     "docs/reliability.md": {"": faults, "kills": kills, "nodes": nodes},
     "docs/mixed-gpus.md": {"unequal": unequal},
     "docs/network.md": {"network": network},

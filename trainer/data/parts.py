@@ -3,7 +3,7 @@
 A part is three files: `part-00012.safetensors` (arrays), `part-00012.text.jsonl` (the held-out rows as text) and, written last,
 `part-00012.json` (counts, rejected rows, the sizes of the other two). A part with whole files is never made again.
 
-The tokenizer is the Rust one alone, called on many texts at once; no loop runs over tokens.
+The tokenizer is the Rust one alone, and asked for each word once (trainer/data/words.py); no loop runs over tokens.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from trainer.data.formats import Template, answer_text
 from trainer.data.readers import Chunk, read, snippet
 from trainer.data.rows import Reject, Row, normalise
 from trainer.data.shards import map_safetensors
+from trainer.data.words import WordEncoder
 
 BATCH_ROWS = 256
 SAMPLES_PER_REASON = 5
@@ -135,6 +136,7 @@ class PartMaker:
         self.tokenizer = Tokenizer.from_file(settings.tokenizer_file)
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
+        self.words = WordEncoder(self.tokenizer)
         self.special = np.zeros(self.tokenizer.get_vocab_size(with_added_tokens=True) + 1, dtype=bool)
         self.special[list(settings.special_ids)] = True
         # No text of n characters has fewer than n / longest tokens: what is certainly too long is never tokenised.
@@ -144,7 +146,7 @@ class PartMaker:
         self.expected_end = self._special_count(settings.template.completion("a"))
 
     def _special_count(self, text: str) -> int:
-        return int(self.special[self.tokenizer.encode(text, add_special_tokens=False).ids].sum())
+        return int(self.special[self.words.ids(text)].sum())
 
     def make(self, index: int, chunk: Chunk) -> PartInfo:
         """Tokenise a chunk and write its files. Memory is bounded by the chunk."""
@@ -193,9 +195,7 @@ class PartMaker:
         prompts = [s.template.prompt(row.question, c) for (row, _), c in zip(rows, contexts, strict=True)]
         decisions = [row.decision if s.decision else "" for row, _ in rows]
         completions = [s.template.completion(row.answer, d) for (row, _), d in zip(rows, decisions, strict=True)]
-        prompted = self.tokenizer.encode_batch(prompts, add_special_tokens=False)  # with offsets, by which contexts are shortened
-        completed = self.tokenizer.encode_batch_fast(completions, add_special_tokens=False)
-        prompt_tokens, completion_tokens = ([np.array(e.ids, dtype=np.int32) for e in of] for of in (prompted, completed))
+        prompt_tokens, completion_tokens = ([self.words.ids(text) for text in texts] for texts in (prompts, completions))
 
         keep = []
         for i, (row, where) in enumerate(rows):
@@ -209,7 +209,7 @@ class PartMaker:
                 reason = "special token in the text"
             elif len(prompt_tokens[i]) + len(completion_tokens[i]) > s.max_tokens:
                 room = s.max_tokens - len(completion_tokens[i])
-                fitted = self._shorten(row, contexts[i], prompted[i], room) if contexts[i] else None
+                fitted = self._shorten(row, contexts[i], prompt_tokens[i], room) if contexts[i] else None
                 if fitted is None:
                     reason = "too long"
                 else:
@@ -241,23 +241,23 @@ class PartMaker:
                       content_hash=np.array([content[i] for i in keep], dtype=np.uint64), order=keys, held_out=held_out,
                       shingles=shingles, shingle_counts=np.diff(starts), bands=bands, texts=texts)
 
-    def _shorten(self, row: Row, context: str, encoding: Encoding, room: int) -> tuple[str, str, NDArray[np.int32]] | None:
+    def _shorten(self, row: Row, context: str, ids: NDArray[np.int32], room: int) -> tuple[str, str, NDArray[np.int32]] | None:
         """Context, prompt and its tokens within `room` tokens; the context ends after a sentence, else after a word, where it can.
 
-        `encoding`: of the prompt with the whole context. Without any room for it the context is left out; None if even then the prompt
-        does not fit.
+        `ids`: of the prompt with the whole context. Without any room for it the context is left out; None if even then the prompt does
+        not fit.
         """
         template = self.settings.template
         start = template.context_start(row.question)
         prompt = template.prompt(row.question, context)
         while context:
-            excess = len(encoding.ids) - room
+            excess = len(ids) - room
             if excess <= 0:
-                return context, prompt, np.array(encoding.ids, dtype=np.int32)
+                return context, prompt, ids
+            encoding = self.tokenizer.encode(prompt, add_special_tokens=False)  # with the tokens' places in the text
             context = _cut(context, _end_without(encoding, start, start + len(context), excess) - start)
             prompt = template.prompt(row.question, context)
-            encoding = self.tokenizer.encode(prompt, add_special_tokens=False)
-        ids = np.array(encoding.ids, dtype=np.int32)
+            ids = self.words.ids(prompt)
         return ("", prompt, ids) if len(ids) <= room else None
 
 

@@ -93,7 +93,9 @@ def test_known_families_are_cut(name: str) -> None:
 def test_any_text(name: str, pieces: list[str]) -> None:
     for text in ("".join(pieces), " ".join(pieces)):
         text = text.encode("utf-8", "ignore").decode()  # a lone surrogate is refused before
-        assert WordEncoder(MADE[name]).ids(text).tolist() == MADE[name].encode(text, add_special_tokens=False).ids
+        encoder, whole = WordEncoder(MADE[name]), MADE[name].encode(text, add_special_tokens=False)
+        assert encoder.ids(text).tolist() == whole.ids
+        assert encoder.spans(text) == whole.offsets
 
 
 def _with_added(**flags: bool) -> Tokenizer:

@@ -3,7 +3,7 @@
 A part is three files: `part-00012.safetensors` (arrays), `part-00012.text.jsonl` (the held-out rows as text) and, written last,
 `part-00012.json` (counts, rejected rows, the sizes of the other two). A part with whole files is never made again.
 
-The tokenizer is the Rust one alone, and asked for each word once (trainer/data/words.py); no loop runs over tokens.
+The tokenizer is the Rust one alone, and asked for each word once (trainer/data/words.py).
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Tokenizer
 
 from trainer.data import duplicates, split
 from trainer.data.formats import Template, answer_text
 from trainer.data.readers import Chunk, read, snippet
 from trainer.data.rows import Reject, Row, normalise
 from trainer.data.shards import map_safetensors
-from trainer.data.words import WordEncoder
+from trainer.data.words import Span, WordEncoder
 
 BATCH_ROWS = 256
 SAMPLES_PER_REASON = 5
@@ -254,8 +254,7 @@ class PartMaker:
             excess = len(ids) - room
             if excess <= 0:
                 return context, prompt, ids
-            encoding = self.tokenizer.encode(prompt, add_special_tokens=False)  # with the tokens' places in the text
-            context = _cut(context, _end_without(encoding, start, start + len(context), excess) - start)
+            context = _cut(context, _end_without(self.words.spans(prompt), start, start + len(context), excess) - start)
             prompt = template.prompt(row.question, context)
             ids = self.words.ids(prompt)
         return ("", prompt, ids) if len(ids) <= room else None
@@ -312,10 +311,9 @@ def _content_hash(row: Row) -> int:
     return split.hash64(*(" ".join(text.lower().split()) for text in (row.question, row.context, row.answer)))
 
 
-def _end_without(encoding: Encoding, start: int, end: int, excess: int) -> int:
+def _end_without(spans: list[Span], start: int, end: int, excess: int) -> int:
     """Character up to which the context can stay if its last `excess` tokens go; `start` and `end` are the context's borders."""
-    offsets = encoding.offsets
-    inside = [begin for begin, stop in offsets if begin < end and stop > start]
+    inside = [begin for begin, stop in spans if begin < end and stop > start]
     return inside[-excess] if excess < len(inside) else start
 
 

@@ -5,7 +5,7 @@ A text may be cut at a space, and its pieces tokenised apart, where no token can
 from the tokenizer's own definition; every other tokenizer gets its texts whole.
 
 byte-level  Llama 3, SmolLM, GPT-2 and their like: a pattern cuts the text before merges, and none of the known patterns goes on after a
-            printable character over a space. The space belongs to the word behind it.
+            printable character over a space, or after a letter or digit over closing punctuation. A space belongs to the word behind it.
 sentencepiece  Llama 2 and its like: spaces become "▁", no pattern cuts the text, but no token of the vocabulary has a "▁" behind another
             character, so no merge crosses one. A word alone gets the "▁" that it has in the text.
 
@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -30,6 +32,10 @@ LONGEST = 64
 """Characters of a word that is remembered."""
 
 _SPACE = re.compile(r"(?<=[!-~]) (?=[!-~])")
+_CLOSED = re.compile(r"(.*[A-Za-z0-9])([,.;:)]+)", re.DOTALL)
+
+Span = tuple[int, int]
+"""First character of a token in its text, and the one after its last."""
 
 PATTERNS = frozenset({
     # Llama 3 (and cl100k of tiktoken).
@@ -42,20 +48,20 @@ PATTERNS = frozenset({
 """Patterns in which no alternative has a space behind another character, and that look at nothing before the place where they begin."""
 
 
-class _Known(dict[str, tuple[int, ...]]):
-    """Ids of words, each behind the same characters."""
+class _Known(dict[str, tuple[Any, ...]]):
+    """What is known of words that stand behind the same characters."""
 
-    def __init__(self, tokenizer: Tokenizer, before: str) -> None:
+    def __init__(self, ask: Callable[[str], tuple[Any, ...]]) -> None:
         super().__init__()
-        self.tokenizer, self.before = tokenizer, before
+        self.ask = ask
 
-    def __missing__(self, word: str) -> tuple[int, ...]:
-        ids = tuple(self.tokenizer.encode(self.before + word, add_special_tokens=False).ids)
+    def __missing__(self, word: str) -> tuple[Any, ...]:
+        found = self.ask(word)
         if len(word) <= LONGEST:
             if len(self) >= WORDS:
                 self.clear()
-            self[word] = ids
-        return ids
+            self[word] = found
+        return found
 
 
 class WordEncoder:
@@ -64,18 +70,43 @@ class WordEncoder:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.before = _before(json.loads(tokenizer.to_str()))
-        self._first, self._later = _Known(tokenizer, ""), _Known(tokenizer, self.before or "")
+        self._first, self._later = _Known(partial(self._ids_of, "")), _Known(partial(self._ids_of, self.before or ""))
+        self._spans = _Known(self._spans_of)
         # Next to an added token a space is a text of its own for sentencepiece, and gets a "▁" more.
         added = [re.escape(token.content) for token in tokenizer.get_added_tokens_decoder().values()] if self.before == "" else []
-        self._whole = re.compile("|".join(f" {token}|{token} " for token in added)) if added else None
+        self._beside = re.compile("|".join(f" {token}|{token} " for token in added)) if added else None
 
     def ids(self, text: str) -> NDArray[np.int32]:
         """What `encode(text, add_special_tokens=False)` gives; int32 [tokens]."""
-        if self.before is None or (self._whole is not None and self._whole.search(text)):
+        if self._whole(text):
             return np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
         words = iter(_SPACE.split(text))
         first = self._first[next(words)]
         return np.array([*first, *chain.from_iterable(map(self._later.__getitem__, words))], dtype=np.int32)
+
+    def spans(self, text: str) -> list[Span]:
+        """Where the tokens of a text are in it (the offsets of `encode`)."""
+        if self.before != " ":  # sentencepiece's marks are nowhere in the text
+            return self.tokenizer.encode(text, add_special_tokens=False).offsets
+        first, *words = _SPACE.split(text)
+        found: list[Span] = self.tokenizer.encode(first, add_special_tokens=False).offsets
+        place = len(first) + 1
+        for word in words:
+            found += [(begin + place, end + place) for begin, end in self._spans[word]]
+            place += len(word) + 1
+        return found
+
+    def _whole(self, text: str) -> bool:
+        return self.before is None or (self._beside is not None and self._beside.search(text) is not None)
+
+    def _ids_of(self, before: str, word: str) -> tuple[int, ...]:
+        if self.before == " " and (closed := _CLOSED.fullmatch(word)):
+            return (*(self._later if before else self._first)[closed[1]], *self._first[closed[2]])
+        return tuple(self.tokenizer.encode(before + word, add_special_tokens=False).ids)
+
+    def _spans_of(self, word: str) -> tuple[Span, ...]:
+        """Counted from the word's first character; the space before it is -1."""
+        return tuple((begin - 1, end - 1) for begin, end in self.tokenizer.encode(f" {word}", add_special_tokens=False).offsets)
 
 
 def _before(definition: dict[str, Any]) -> str | None:

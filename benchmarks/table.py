@@ -261,11 +261,25 @@ def nodes() -> Iterator[str]:
         yield f"| {what} | {', '.join(figures)} |"
 
 
+def answers() -> Iterator[str]:
+    """Rows of the table of the chatbot's engine (benchmarks/chatbot_speed.py): the newest result of each model and device."""
+    yield "| model, device | answers at once | tokens/s | plain `generate`, one after another | ratio | first token after | `generate`'s |"
+    yield "|---|---|---|---|---|---|---|"
+    for (model, device), d in {(d["model"], d["device"]): d for d in results("chatbot")}.items():
+        where = device.removeprefix("NVIDIA ") if d["threads"] is None else f"{d['threads']} threads of the CPU"
+        for streams, found in d["streams"].items():
+            ours, plain = found["engine"], found["generate"]
+            yield (f"| {NAMES.get(model, model)}, {d['dtype']}, {where} | {streams} | {ours['tokens_per_second']:,.0f} | "
+                   f"{plain['tokens_per_second']:,.0f} | {found['ratio']:.2f} | {ours['first_token_seconds']:.2f} s | "
+                   f"{plain['first_token_seconds']:.2f} s |")
+
+
 TABLES: dict[str, dict[str, Callable[[], Iterator[str]]]] = {
     "README.md": {"": lambda: chain(speed(), saves(), peers(), lifecycles(), preparation(), starts())},
     "docs/reliability.md": {"": faults, "kills": kills, "nodes": nodes},
     "docs/mixed-gpus.md": {"unequal": unequal},
     "docs/network.md": {"network": network},
+    "docs/chatbot.md": {"": answers},
     "docs/decisions/engines.md": {"": engines},
 }
 """File, and the lines between each of its markers: `<!-- benchmarks/table.py -->`, or with a name."""

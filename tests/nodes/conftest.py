@@ -17,6 +17,7 @@ import pytest
 from kubernetes import client
 
 from tests.nodes.guest import Guest
+from tests.nodes.nfs import DISK_GIB, Disk, Server, seen_from_the_network
 from tests.waiting import wait_for
 from tools.cluster import kubernetes
 from tools.cluster.settings import Settings
@@ -58,6 +59,17 @@ def record() -> Callable[..., None]:
             with open(out, "a") as file:
                 file.write(line + "\n")
     return write
+
+
+@pytest.fixture(scope="module")
+def server(layout: Layout, settings: Settings) -> Iterator[Server]:
+    """The chart's own NFS server."""
+    found = Server(layout, settings, kubernetes.api_client(layout), Disk(layout.cache / "tests/nfs", DISK_GIB))
+    found.remove()
+    found.disk.make()
+    found.install([seen_from_the_network(settings)])
+    yield found
+    found.remove()
 
 
 @dataclass
@@ -138,7 +150,7 @@ def cluster(layout: Layout, settings: Settings, guest: Guest, record: Callable[.
     wait_for(lambda: not any(n.metadata.name == NAMESPACE for n in made.core.list_namespace().items), 120, f"the end of {NAMESPACE}")
 
 
-def server(app: str, image: str, *, replicas: int = 1, node: str = "", prefer: str = "", stay: int = 300) -> list[dict[str, Any]]:
+def http_server(app: str, image: str, *, replicas: int = 1, node: str = "", prefer: str = "", stay: int = 300) -> list[dict[str, Any]]:
     """A Deployment of a small HTTP server that answers with its pod's name, and its Service.
 
     `node`: must run there; `prefer`: starts there; `stay`: seconds on a node that is lost.

@@ -33,6 +33,8 @@ CLAIMS = "llm-finetune-nfs-claims"
 """Namespace of the release, where the claim is; the server has the other one, with Pod Security `privileged`."""
 MOUNT = "/mnt/nfs"
 UID = 1000
+DISK_GIB = 3
+"""Of the server's disk."""
 
 
 class Disk:
@@ -170,6 +172,12 @@ class Server:
         found = [path for path in Path("/proc").glob("[0-9]*") if _is_server(path, uid)]
         assert len(found) == 1, found
         os.kill(int(found[0].name), signal.SIGKILL)
+
+
+def seen_from_the_network(settings: Settings) -> str:
+    """How the server sees who comes through its Service from outside the pod network: kube-proxy masquerades as the node, and the packets
+    leave by the link to the server's pod, whose address is the pod network's first."""
+    return f"10.{settings.octet + 1}.0.1"
 
 
 def _is_server(process: Path, pod: str) -> bool:

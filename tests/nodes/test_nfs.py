@@ -17,13 +17,10 @@ from typing import Any
 import pytest
 
 from tests.nodes.guest import Guest, GuestError
-from tests.nodes.nfs import MOUNT, UID, Disk, SecondClient, Server, Work, as_user, background, python, refused, work
+from tests.nodes.nfs import DISK_GIB, MOUNT, UID, SecondClient, Server, Work, as_user, background, python, refused, work
 from tests.waiting import wait_for
-from tools.cluster import kubernetes
 from tools.cluster.settings import Settings
-from tools.layout import Layout
 
-DISK_GIB = 3
 CHECKPOINT_MB = 128
 """Large enough to be under way for seconds, small enough for several on the disk."""
 OUTAGE_S = 60
@@ -48,23 +45,6 @@ def machine() -> Iterator[Guest]:
     guest.boot()
     yield guest
     guest.remove()
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    layout, settings = Layout(), Settings()
-    found = Server(layout, settings, kubernetes.api_client(layout), Disk(layout.cache / "tests/nfs", DISK_GIB))
-    found.remove()
-    found.disk.make()
-    found.install([seen_from_the_network(settings)])
-    yield found
-    found.remove()
-
-
-def seen_from_the_network(settings: Settings) -> str:
-    """How the server sees who comes through its Service from outside the pod network: kube-proxy masquerades as the node, and the packets
-    leave by the link to the server's pod, whose address is the pod network's first."""
-    return f"10.{settings.octet + 1}.0.1"
 
 
 @pytest.fixture(scope="module")

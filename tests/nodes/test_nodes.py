@@ -9,7 +9,7 @@ from collections.abc import Callable
 import httpx
 import pytest
 
-from tests.nodes.conftest import NAMESPACE, TAINT, Cluster, server
+from tests.nodes.conftest import NAMESPACE, TAINT, Cluster, http_server
 from tests.waiting import wait_for
 from tools.cluster import daemons, kubernetes, network
 from tools.cluster.kubernetes import Server
@@ -47,7 +47,7 @@ class Watch:
 @pytest.fixture(scope="module")
 def url(cluster: Cluster, image: str) -> str:
     """A server on the first node that must answer whatever happens to the second."""
-    cluster.apply(*server("steady", image, node=cluster.first))
+    cluster.apply(*http_server("steady", image, node=cluster.first))
     wait_for(lambda: cluster.ready_pods("steady", cluster.first), 60, "the steady server")
     service = cluster.core.read_namespaced_service("steady", NAMESPACE)
     return f"http://{service.spec.cluster_ip}/"
@@ -77,10 +77,10 @@ def test_joining_again_changes_nothing(cluster: Cluster) -> None:
 def test_pods_reach_each_other(cluster: Cluster, image: str, record: Callable[..., None]) -> None:
     """By their addresses, by a Service's address and by its name, in both directions."""
     began = time.monotonic()
-    cluster.apply(*server("far", image, node=cluster.guest.name))
+    cluster.apply(*http_server("far", image, node=cluster.guest.name))
     far = wait_for(lambda: cluster.ready_pods("far", cluster.guest.name), 300, "a pod on the second node")[0]
     record("first pod on the second node", took=round(time.monotonic() - began, 1))
-    cluster.apply(*server("near", image, node=cluster.first))
+    cluster.apply(*http_server("near", image, node=cluster.first))
     near = wait_for(lambda: cluster.ready_pods("near", cluster.first), 60, "a pod on the first node")[0]
     for here, there, name in ((near, far, "far"), (far, near, "near")):
         address = cluster.core.read_namespaced_service(name, NAMESPACE).spec.cluster_ip
@@ -111,7 +111,7 @@ def test_partition(cluster: Cluster, url: str, record: Callable[..., None]) -> N
 
 def test_node_lost(cluster: Cluster, image: str, url: str, record: Callable[..., None]) -> None:
     """A power cut: what ran there runs on the first node, what ran on the first never stopped, and the node comes back."""
-    cluster.apply(*server("moving", image, prefer=cluster.guest.name, stay=5))
+    cluster.apply(*http_server("moving", image, prefer=cluster.guest.name, stay=5))
     [pod] = wait_for(lambda: cluster.ready_pods("moving", cluster.guest.name), 120, "a pod on the second node")
     with Watch(url) as watch:
         began = time.monotonic()

@@ -30,8 +30,7 @@ def options_of(script: str) -> argparse.ArgumentParser:
 @pytest.mark.parametrize(("call", "row"), ROWS, ids=[f"{call}: {row.command}" for call, row in ROWS])
 def test_command_is_known(call: str, row: gpu_session.Row) -> None:
     script, *words = shlex.split(row.command)
-    ends_itself = [] if script in gpu_session.UNBOUNDED else ["--timeout", "100"]
-    found = options_of(script).parse_args([*words, "--out", "x", *ends_itself])
+    found = options_of(script).parse_args([*words, "--out", "x", "--timeout", "100"])
     machine = int(call.partition("x")[0])
     mine = [int(gpu) for gpu in row.gpus.split(",")] if row.gpus else list(range(machine))
     assert (getattr(found, "gpus", None) or getattr(found, "workers", 1)) == len(mine)

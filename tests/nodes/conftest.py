@@ -67,7 +67,7 @@ def server(layout: Layout, settings: Settings) -> Iterator[Server]:
     found = Server(layout, settings, kubernetes.api_client(layout), Disk(layout.cache / "tests/nfs", DISK_GIB))
     found.remove()
     found.disk.make()
-    found.install([seen_from_the_network(settings)])
+    found.install([seen_from_the_network(settings)], [f"10.{settings.octet}.{host}" for host in ("0.2", "0.3", "201.2")])  # the guests
     yield found
     found.remove()
 

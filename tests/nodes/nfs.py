@@ -109,8 +109,12 @@ class Server:
                             stdin=json.dumps(values))
         return [document for document in yaml.safe_load_all(text) if document]
 
-    def install(self, clients: list[str]) -> None:
-        """Build the image, apply the chart's objects, wait until it serves."""
+    def install(self, clients: list[str], without_proxy: list[str]) -> None:
+        """Build the image, apply the chart's objects, wait until it serves.
+
+        `without_proxy`: machines without a kube-proxy of their own. The first node's masquerades them behind the place where
+        NetworkPolicies judge, so these see another address than the server.
+        """
         builder = images.Builder(self.layout)
         (self.layout.runtime / "buildah").mkdir(parents=True, exist_ok=True)
         image, repository = images.IMAGES["nfs-server"], f"{self.settings.registry}/llm-finetune"
@@ -119,6 +123,8 @@ class Server:
         self.image = {"repository": f"{repository}/{image.name}", "digest": digest}
         kubernetes.pull(self.layout, f"{repository}/{image.name}@{digest}", digest, self.layout.logs / f"image-{image.name}.log")
         self.objects = self.manifests(clients)
+        policy = next(o for o in self.objects if o["kind"] == "NetworkPolicy")
+        policy["spec"]["ingress"][0]["from"] += [{"ipBlock": {"cidr": f"{address}/32"}} for address in without_proxy]
         kubernetes.apply(self.layout, [_namespace(NAMESPACE, "privileged"), _namespace(CLAIMS, "restricted"), *self.objects])
         self.wait()
 

@@ -90,6 +90,18 @@ def test_only_the_named_clients_mount(machine: Guest, server: Server, options: s
     assert seen == ""
 
 
+def test_the_network_lets_only_the_named_clients_through(machine: Guest, server: Server) -> None:
+    """The NetworkPolicy, before the server is asked: another address of the same machine gets no connection."""
+    own, other = machine.address.partition("/")[0], machine.address.partition("/")[0].rpartition(".")[0] + ".99"
+    machine.run(f"ip address add {other}/24 dev vec0")
+
+    def connect(source: str) -> str:
+        program = f"import socket; socket.create_connection(('{server.address}', 2049), 10, ('{source}', 0)).close()"
+        return machine.run(f'python3 -c "{program}" 2>&1 || true', timeout=30)
+    assert connect(own) == ""
+    assert re.search("ConnectionRefusedError|TimeoutError", connect(other))
+
+
 def test_users_without_root_cannot_speak_nfs(machine: Guest, server: Server, options: str) -> None:
     """A program that brings its own NFS client would say whichever uid it likes: it has no reserved port.
 

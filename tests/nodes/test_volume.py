@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -48,8 +47,8 @@ def pod(name: str, node: str, image: str, program: str) -> dict[str, Any]:
         "volumes": [{"name": "storage", "persistentVolumeClaim": {"claimName": CLAIM}}]}}
 
 
-def test_the_second_nodes_kubelet_mounts_the_volume(cluster: Cluster, server: Server, image: str, record: Callable[..., None]) -> None:
-    """Written by a pod there, read by pods of both nodes; the mount is the chart's: hard, version 4.1."""
+def test_the_second_nodes_kubelet_mounts_the_volume(cluster: Cluster, server: Server, image: str) -> None:
+    """Written by one pod there, read by another, and on the server's disk what was written; the mount is the chart's: hard, version 4.1."""
     core: client.CoreV1Api = cluster.core
 
     def said(name: str, node: str, program: str) -> str:
@@ -63,12 +62,10 @@ def test_the_second_nodes_kubelet_mounts_the_volume(cluster: Cluster, server: Se
         return str(core.read_namespaced_pod_log(name, CLAIMS))
 
     assert said("writer", cluster.guest.name, WRITE) == ""
-    seen = {node: json.loads(said(f"reader-{number}", node, READ)) for number, node in enumerate((cluster.guest.name, cluster.first))}
-    for found in seen.values():
-        assert found["right"] and found["names"] == ["whole"] and found["owner"] == UID
-    there = seen[cluster.guest.name]
-    assert there["type"] == "nfs4" and {"hard", "vers=4.1", f"addr={server.address}"} <= set(there["options"].split(","))
-    assert (server.storage / "run/whole").stat().st_size == 256 * 4096
+    found = json.loads(said("reader", cluster.guest.name, READ))
+    assert found["right"] and found["names"] == ["whole"] and found["owner"] == UID
+    assert found["type"] == "nfs4" and {"hard", "vers=4.1", f"addr={server.address}"} <= set(found["options"].split(","))
+    assert (server.storage / "run/whole").read_bytes() == bytes(range(256)) * 4096
 
 
 def test_pods_of_the_second_node_wait_for_the_server(cluster: Cluster, server: Server, image: str) -> None:

@@ -35,14 +35,12 @@ def storage(layout: Any) -> Iterator[Path]:
 
 
 @pytest.fixture
-def claimed(api: client.ApiClient) -> Iterator[None]:
+def claimed(api: client.ApiClient, settings: Any) -> Iterator[None]:
     """Three GPUs on the real node's status, as `kubectl patch --subresource=status` sets them; its kubelet takes pods that ask for them."""
     core = client.CoreV1Api(api)
-    nodes: list[Any] = core.list_node(label_selector="node-role.kubernetes.io/control-plane").items
-    name = nodes[0].metadata.name
 
     def claim(amount: str | None) -> None:
-        core.patch_node_status(name, {"status": {"capacity": {site.GPU: amount}, "allocatable": {site.GPU: amount}}})
+        core.patch_node_status(settings.name, {"status": {"capacity": {site.GPU: amount}, "allocatable": {site.GPU: amount}}})
 
     claim("3")
     yield

@@ -160,7 +160,8 @@ def main() -> None:
     reference = reference_of(weights)
     engine = LocalModel(weights, tokenizer, Scheduler(), config)
     lengths = [len(tokenizer(text, add_special_tokens=False).input_ids) for text in prompts(16)]
-    result: dict[str, Any] = {"model": args.random or args.model.name,
+    name = args.random or (args.model.parent if args.model.name == "model" else args.model).name  # a run's export is <run>/model
+    result: dict[str, Any] = {"model": name,
                               "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
                               "threads": torch.get_num_threads() if device.type == "cpu" else None, "torch": torch.__version__,
                               "dtype": str(weights.dtype).removeprefix("torch."), "prompt_tokens": statistics.mean(lengths),

@@ -54,6 +54,11 @@ def test_a_promoted_environment_serves_exactly_the_promoted_weights(tmp_path: Pa
     assert chatbot["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == 1
     assert chatbot["nodeSelector"] == {"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"}
     assert not [k for k in objects if k[0] in ("RayJob", "RayCluster")], "nothing is trained there"
+    # Named twice, once read-only, a claim is mounted read-only or not as it happens: the kubelet keeps one kind for both.
+    claims = [v["persistentVolumeClaim"] for v in chatbot["volumes"] if "persistentVolumeClaim" in v]
+    assert len(claims) == 1 and "readOnly" not in claims[0]
+    mounts = {m["mountPath"]: m.get("readOnly", False) for m in chatbot["containers"][0]["volumeMounts"] if m["name"] == "storage"}
+    assert mounts.pop("/storage") and not any(mounts.values())
 
 
 @pytest.mark.parametrize("name", environments.names())

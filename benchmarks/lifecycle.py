@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 from record import record
-from train import MODELS, REPOSITORY, versions
+from train import MODELS, REPOSITORY, told_steps, versions
 
 SAMPLE = REPOSITORY / "trainer/data/sample"
 LOADS = """
@@ -86,8 +86,7 @@ def kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def steps_done(run: Path) -> list[dict[str, Any]]:
-    path = run / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+    return told_steps(run / "metrics.jsonl")
 
 
 def checkpoints(run: Path) -> list[int]:

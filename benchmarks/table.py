@@ -20,6 +20,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "benchmarks/results"
 NAMES = {"1b": "1.2B Llama", "3b": "3.5B Llama", "7b": "Llama 2 7B", "13b": "Llama 2 13B", "70b": "Llama 2 70B"}
+METHODS = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}
 END = "<!-- end -->"
 NOT_YET = "Not measured yet."
 """In place of a table without results."""
@@ -38,7 +39,7 @@ def cases(machine: str) -> list[dict[str, Any]]:
 
 def describe(case: dict[str, Any]) -> str:
     """Method, type, engine and whatever differs from the defaults."""
-    words = [case["method"] if case["method"] == "full" else {"lora": "LoRA", "qlora": "QLoRA"}[case["method"]]]
+    words = [METHODS[case["method"]]]
     words.append("bf16" if case["float8"] == "none" else f"FP8 ({case['float8']})")
     if case["engine"] == "deepspeed":
         words.append("DeepSpeed ZeRO-3")
@@ -107,8 +108,7 @@ def lifecycles() -> Iterator[str]:
     newest = {(d["case"]["model"], d["case"]["method"]): d for d in results("lifecycle")}
     for (model, method), d in newest.items():
         layers = f" ({d['case']['layers']} layers)" if d["case"].get("layers") else ""
-        kind = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}[method]
-        name = f"{d['device'].removeprefix('NVIDIA ')}, {NAMES[model]}{layers}, {kind}"
+        name = f"{d['device'].removeprefix('NVIDIA ')}, {NAMES[model]}{layers}, {METHODS[method]}"
         yield (f"| {name} | {d['killed_after_step']} of {d['case']['steps']} | {d['checkpoint_then']} | "
                f"{d['loss'][0]:.2f} to {d['loss'][1]:.2f} | {'yes' if d['holds'] else 'time was up'} |")
 

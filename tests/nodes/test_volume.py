@@ -15,7 +15,7 @@ from tests.waiting import wait_for
 pytestmark = pytest.mark.timeout(900)
 CLAIM = "llm-finetune-storage"
 WRITE = """
-import os, time
+import os
 from pathlib import Path
 folder = Path("/storage/run")
 folder.mkdir()

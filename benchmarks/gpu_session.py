@@ -30,8 +30,8 @@ from record import BESIDE
 REPOSITORY = Path(__file__).resolve().parent.parent
 SPEED = ""
 """Results of a command that go to the machine's own file."""
-RUNS = {"lifecycle.py": 2, "float8.py": 3}
-"""Runs of a script that each get `--timeout` seconds, one after another."""
+RUNS = {"lifecycle.py": 2, "float8.py": 2}
+"""A script's time in terms of its first run's, which gets `--timeout` seconds: those after it find its kernels compiled."""
 
 
 @dataclass(frozen=True)
@@ -50,48 +50,49 @@ class Row:
     """Name of the results file, if not the machine's."""
 
 
-TWO_7B = ("train.py --unsaved --model 7b --rows qca --micro 8192 --accumulate 4 --checkpointing none --steps 12 --workers 2 "
-          "--set engine.zero_stage=2")
-FOUR = "train.py --unsaved --workers 4 --micro 8192 --accumulate 2 --steps 12"
+WIDE_7B = "train.py --unsaved --model 7b --micro 8192 --accumulate 4 --checkpointing none --steps 12 --set engine.zero_stage=2"
+FOUR = "train.py --unsaved --workers 4 --micro 8192 --accumulate 4"
 LORA = "train.py --unsaved --model 7b --rows qca --micro 8192 --accumulate 2 --steps 14 --method lora"
-# On a fresh machine with four runs at once, a 7B takes about 90 s to its first step; alone, and when its kernels are compiled, 60 s.
+SCALING = [Row(f"{LORA} --workers 4", 100, "LoRA 7B on four GPUs: 95 % of one's"),
+           Row(f"{LORA} --workers 1", 110, "on one, beside two others", "0"),
+           Row(f"{LORA} --workers 2", 110, "on two, beside one other", "2,3")]
+# To the first step a 7B takes 60 to 90 s, on hosts with slow cores or several runs at once 100 to 130 s; half with compiled kernels.
 CALLS: dict[str, list[Row]] = {
-    "4xH100-singles": [
-        Row("float8.py --unsaved --model 1b --steps 300 --seeds 2 --kinds tensorwise --micro 8192", 470,
-            "FP8's loss over 300 steps within bf16's noise", "0", "float8"),
-        Row("lifecycle.py --model 1b --method lora --gpus 1 --steps 60", 250, "1B LoRA: run, killed, resumed, exported", "1", "lifecycle"),
-        Row(f"{LORA} --checkpointing none", 150, "LoRA 7B on an H100: 19,000 (an H200 has 19,041)", "1"),
-        Row(TWO_7B.replace("qca", "qa"), 160, "7B full bf16, rows without context, beside the old recipe's 1,360", "2,3"),
-        Row(f"{TWO_7B} --float8 tensorwise", 150, "7B full FP8 on two: 19,500 a GPU", "2,3"),
-        Row("train.py --unsaved --model 13b --rows qca --workers 2 --micro 8192 --accumulate 4 --steps 9", 160,
-            "13B full bf16 on two H200: 6,500 a GPU (6,347 with two micro-batches)", "2,3"),
+    "1xH100": [
+        Row(f"{LORA} --checkpointing none", 170, "LoRA 7B: 19,000"),
+        Row(LORA.replace("lora", "qlora") + " --checkpointing none", 170, "QLoRA 7B: 12,000"),
+    ],
+    "2xH200-full": [
+        Row(f"{WIDE_7B} --rows qa --workers 2", 170, "7B full bf16, rows without context (the old recipe has 1,360)"),
+        Row("train.py --unsaved --model 13b --rows qca --workers 2 --micro 8192 --accumulate 4 --steps 9", 220,
+            "13B full bf16: 6,500 a GPU (6,347 with two micro-batches)"),
+        Row(f"{WIDE_7B} --rows qca --workers 2 --float8 tensorwise", 170, "7B full FP8: 19,500 a GPU"),
+    ],
+    "2x-unequal": [Row("unequal.py --gpus 2 --model 1b --slowdown 1.75 --steps 24", 480, "one GPU of two slowed: 95 % of the sum",
+                       file="unequal")],
+    "2x-kills": [Row("kills.py --gpus 2 --model 1b --tokens 8192 --kills 1 --elastic", 480,
+                     "a worker killed, a node lost and come again: the same rows, seconds to go on (a kill: 32 s)", file="kills")],
+    "4xH200-full": [
+        Row(f"{WIDE_7B} --rows qca --workers 4", 150, "7B full bf16 on four H200"),
+        Row(f"{WIDE_7B} --rows qa --workers 4", 90, "the same, rows without context (the old recipe has 1,360 on two)"),
+        *SCALING,
+        Row(f"{FOUR} --model 13b --steps 9 --rows qca", 150, "13B full bf16: 6,500 a GPU"),
     ],
     "4xH100-full": [
-        Row(f"{FOUR} --model 7b --rows qca", 160, "7B full bf16: 13,500 a GPU"),
-        Row(f"{LORA} --workers 1", 110, "LoRA 7B on one GPU of the host, beside two others", "0"),
-        Row(f"{LORA} --workers 2", 110, "on two: 95 %", "2,3"),
-        Row(f"{LORA} --workers 4", 90, "on four: 95 %"),
-        Row(f"{FOUR} --model 7b --rows qa", 100, "7B full bf16, qa"),
+        Row(f"{FOUR} --model 7b --steps 12 --rows qca", 150, "7B full bf16: 13,500 a GPU"),
+        Row(f"{FOUR} --model 7b --steps 12 --rows qa", 90,
+            "the same, rows without context (the old recipe has 1,357 on four)"),
+        *SCALING,
+        Row(f"{FOUR} --model 13b --steps 9 --rows qca", 150, "13B full bf16: 6,500 a GPU"),
     ],
-    "4xH100-pairs": [
-        Row("unequal.py --gpus 2 --model 1b --slowdown 1.75 --steps 30", 235, "one GPU of two slowed: 95 % of the sum", "0,1", "unequal"),
-        Row("kills.py --gpus 2 --model 1b --tokens 8192 --kills 2 --elastic", 235,
-            "a worker killed, a node lost and come again: the same rows, seconds to go on", "2,3", "kills"),
-        Row("unequal.py --gpus 4 --nodes 2 --model 1b --slowdown 1.75 --steps 24", 235, "2 + 2 in hybrid shard groups: 95 % of the sum",
+    "4x-unequal": [
+        Row("unequal.py --gpus 4 --nodes 2 --model 1b --slowdown 1.75 --steps 24", 480, "2 + 2 in hybrid shard groups: 95 % of the sum",
             file="unequal"),
-    ],
-    "4xH100-slower": [
-        Row("unequal.py --gpus 2 --model 1b --slowdown 1.3 --steps 30", 235, "one GPU of two slowed 1.3 times", "0,1", "unequal"),
-        Row("unequal.py --gpus 2 --model 1b --slowdown 3 --steps 30", 235, "one GPU of two slowed three times", "2,3", "unequal"),
-        Row("unequal.py --gpus 4 --nodes 2 --model 1b --slowdown 3 --steps 24", 235, "2 + 2, slowed three times", file="unequal"),
     ],
     "2xH200-export": [
         Row("lifecycle.py --model 70b --layers 20 --method qlora --gpus 1 --steps 16", 470,
             "layers of a 70B, QLoRA: run, killed, resumed, exported (a quarter of them: the whole export is 140 GB of disk; resumes, its "
             "export of 36 GB was cut off after 46 s)", "0", "lifecycle"),
-        Row("train.py --unsaved --model 3b --rows qca --micro 8192 --accumulate 4 --checkpointing none --steps 120 "
-            "--set train.eval_every=60 --set train.eval_rows=128 --set checkpoint.every_steps=50", 330,
-            "time lost to data, logging, evaluation and saving: under 3 % (lost_share; 5.3 % with 256 rows every 20 steps)", "1"),
     ],
     "2xH200-engines": [
         Row("train.py --unsaved --model 1b --rows qca --workers 2 --steps 14", 110, "1.2B full, FSDP2, beside DeepSpeed"),

@@ -81,6 +81,30 @@ def saves() -> Iterator[str]:
                        f"{cost['slowest_step_beyond_usual']:.1f} s | {lost:.1f} s, {lost / whole:.1%} |")
 
 
+def losses() -> Iterator[str]:
+    """Rows of the tables of time lost beside the steps, and of FP8's loss."""
+    yield ""
+    yield "| run with evaluations and saves | in steps of | not spent on forward, backward and optimizer |"
+    yield "|---|---|---|"
+    for machine in sorted(path.stem for path in RESULTS.glob("*xH*.jsonl")):
+        for d in cases(machine):
+            settings = dict(s.split("=", 1) for s in d["case"]["set"])
+            if "train.eval_every" in settings:
+                step = sum(value for name, value in d["seconds"].items() if name != "checkpoint")
+                yield (f"| {machine.replace('x', ' x ')}, {NAMES[d['case']['model']]}, {describe(d['case'])}: "
+                       f"{settings['train.eval_rows']} rows evaluated every {settings['train.eval_every']} steps, saved every {settings['checkpoint.every_steps']} | "
+                       f"{step:.1f} s | {d['lost_share']:.1%} |")
+    yield ""
+    yield "| FP8 beside bf16: the same rows, mean loss of the last 50 steps | bf16 (each seed) | FP8 | FP8 differs by | seeds differ by |"
+    yield "|---|---|---|---|---|"
+    for d in results("float8"):
+        for kind, found in d["float8"].items():
+            case = d["case"]
+            yield (f"| {NAMES[case['model']]} from random weights, {case['steps']} steps, {kind}; first loss {d['first_loss']:.2f} | "
+                   f"{', '.join(f'{v:.3f}' for v in d['bf16']['last_50_mean'])} | {found['last_50_mean']:.3f} | "
+                   f"{abs(found['difference']):.4f} | {d['bf16']['noise']:.4f} |")
+
+
 def peers() -> Iterator[str]:
     """Rows of the table of others' loops: the product's fastest run of the same model on the same rows and GPUs beside each."""
     yield ""
@@ -275,7 +299,7 @@ def answers() -> Iterator[str]:
 
 
 TABLES: dict[str, dict[str, Callable[[], Iterator[str]]]] = {
-    "README.md": {"": lambda: chain(speed(), saves(), peers(), lifecycles(), preparation(), starts())},
+    "README.md": {"": lambda: chain(speed(), saves(), losses(), peers(), lifecycles(), preparation(), starts())},
     "docs/reliability.md": {"": faults, "kills": kills, "nodes": nodes},
     "docs/mixed-gpus.md": {"unequal": unequal},
     "docs/network.md": {"network": network},

@@ -15,7 +15,8 @@ On GPUs, another process occupies one GPU (`--nodes`: those of one shard group) 
 
 All rows have one length that divides every budget, so a step holds the same rows however they are dealt, and the loss curves must agree but
 for the order of sums (`loss_difference`: largest relative difference of a step). Prints one JSON object a share or slowdown: tokens/s
-(median of the steps after the last change of budgets, then over the repeats), `balanced_of_sum` and `equal_of_sum`.
+(median of the steps after the last change of budgets, then over the repeats), `balanced_of_sum` and `equal_of_sum`. Exits with 1 if a run
+told of no steps in time.
 """
 
 from __future__ import annotations
@@ -328,9 +329,12 @@ def main() -> None:
     options.model = options.model or ("1b" if options.gpus else "tiny")
     options.steps = options.steps or (30 if options.gpus else 14)
     case = {k: v for k, v in vars(options).items() if k not in ("share", "slowdown", "scratch", "out", "occupy")}
+    failed = False
     for value in options.slowdown if options.gpus else options.share:
         found = on_gpus(options, value) if options.gpus else on_cpu(options, value)
+        failed |= "balanced_of_sum" not in found
         record({"benchmark": "unequal", "case": case, **found, "versions": versions()}, options.out)
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

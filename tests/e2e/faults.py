@@ -142,8 +142,9 @@ def kill_training_process(cluster: Cluster, chosen: random.Random, run: str) -> 
 
 
 @contextlib.contextmanager
-def less_memory(pid: int, spare: int) -> Iterator[None]:
-    """The container of a process may hold no more than now (what the kernel could drop not counted) and `spare` bytes."""
+def less_memory(pid: int, spare: int) -> Iterator[Callable[[float], None]]:
+    """The container of a process may hold no more than now (what the kernel could drop not counted) and `spare` bytes. Yields what sets
+    the limit to a share of what it held: once the process is gone the next one cannot come as far."""
     groups = dict(line.split(":", 2)[1:] for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines())
     path = next((p for names, p in groups.items() if "memory" in names.split(",")), None)
     folder = CGROUPS / "memory" / path.lstrip("/") if path else CGROUPS / groups[""].lstrip("/")
@@ -151,6 +152,10 @@ def less_memory(pid: int, spare: int) -> Iterator[None]:
     stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
     held = sum(int(stat.get(key, 0)) for key in (("total_rss", "total_shmem") if path else ("anon", "shmem")))
     kept = limit.read_text()
+
+    def lower(share: float) -> None:
+        limit.write_text(str(int(held * share)))
+
     try:
         for _ in range(64):
             with contextlib.suppress(OSError):  # cgroup 1 refuses a limit that it cannot reach by dropping caches
@@ -159,17 +164,24 @@ def less_memory(pid: int, spare: int) -> Iterator[None]:
             spare += 4 << 20
         else:
             raise AssertionError(f"{limit} could not be lowered")
-        yield
+        yield lower
     finally:
         limit.write_text(kept)
 
 
-def take_memory(cluster: Cluster, chosen: random.Random, run: str) -> str:
-    """A worker's limit is lowered below what it needs until the kernel, or Ray before it, has ended the training process."""
-    pid = chosen.choice(training_processes())
-    with less_memory(pid, 1 << 20):
+@contextlib.contextmanager
+def out_of_memory(pid: int) -> Iterator[Callable[[float], None]]:
+    """As less_memory; entered once the kernel, or Ray before it, has ended the process."""
+    with less_memory(pid, 1 << 20) as lower:
         until(lambda: pid not in training_processes(), 60, "the end of the process that lacks memory", every=0.1)
-    return f"process {pid}"
+        yield lower
+
+
+def take_memory(cluster: Cluster, chosen: random.Random, run: str) -> str:
+    """A worker's limit is lowered below what it needs, once."""
+    pid = chosen.choice(training_processes())
+    with out_of_memory(pid):
+        return f"process {pid}"
 
 
 # The node and the control plane ------------------------------------------------------------------------------------------------------

@@ -31,8 +31,8 @@ from tests.e2e.faults import (
     Part,
     kill_head,
     kill_training_process,
-    less_memory,
     let_in,
+    out_of_memory,
     record,
     training_processes,
     until,
@@ -44,7 +44,8 @@ from tools.cluster.up import OWNER
 from tools.layout import REPOSITORY, Layout
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
-TRIES = int(os.environ.get("TRIES", "1"))
+FIRST, TRIES = int(os.environ.get("FIRST", "0")), int(os.environ.get("TRIES", "1"))
+"""Number of the first try (it is the seed), and how many: ten can be done in parts."""
 STEPS, EVERY = max(part.steps for part in PARTS), 5
 """Optimizer steps of the undisturbed run, and of any between two checkpoints."""
 SMALL = {
@@ -228,7 +229,7 @@ def strike(world: World, run: Run, fault: Fault, chosen: random.Random, undistur
     assert repeated <= EVERY + 1, "at most one checkpoint interval, and the step under way, is done again"
 
 
-@pytest.mark.parametrize("attempt", range(TRIES))
+@pytest.mark.parametrize("attempt", range(FIRST, FIRST + TRIES))
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: part.name)
 def test_a_run_survives(part: Part, attempt: int, world: World, undisturbed: Run) -> None:
     chosen = random.Random(f"{part.name} {attempt}")
@@ -246,7 +247,8 @@ def test_a_run_that_lacks_memory_ends_with_the_reason(world: World, undisturbed:
     began = time.time()
     run = world.start("too little memory", SHORT, lambda job: job["resources"].update(max_failures=2))
     until(lambda: run.look() >= EVERY + 1, 300, "a checkpoint", every=0.2)
-    with less_memory(training_processes()[0], 4 << 20):
+    with out_of_memory(training_processes()[0]) as lower:
+        lower(0.7)  # too little for any that is started in the same pod
         text = world.failed(run.name, 400)
     record(fault="out of memory for good", attempt=0, what=run.name, recovery_seconds=round(time.time() - began, 1), text=text[-1500:])
     assert "memory" in text and "Giving up" in text and "trainer plan` a worker holds" in text

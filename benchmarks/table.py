@@ -92,8 +92,8 @@ def losses() -> Iterator[str]:
             if "train.eval_every" in settings:
                 step = sum(value for name, value in d["seconds"].items() if name != "checkpoint")
                 yield (f"| {machine.replace('x', ' x ')}, {NAMES[d['case']['model']]}, {describe(d['case'])}: "
-                       f"{settings['train.eval_rows']} rows evaluated every {settings['train.eval_every']} steps, saved every {settings['checkpoint.every_steps']} | "
-                       f"{step:.1f} s | {d['lost_share']:.1%} |")
+                       f"{settings['train.eval_rows']} rows evaluated every {settings['train.eval_every']} steps, "
+                       f"saved every {settings['checkpoint.every_steps']} | {step:.1f} s | {d['lost_share']:.1%} |")
     yield ""
     yield "| FP8 beside bf16: the same rows, mean loss of the last 50 steps | bf16 (each seed) | FP8 | FP8 differs by | seeds differ by |"
     yield "|---|---|---|---|---|"

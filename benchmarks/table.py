@@ -249,18 +249,20 @@ def kills() -> Iterator[str]:
 
 
 def unequal() -> Iterator[str]:
-    """Rows of the table of unequal workers: the newest result of each share or slowdown."""
+    """Rows of the table of unequal workers: the newest result of each share or slowdown and size of a step."""
     if not results("unequal"):
         yield NOT_YET
         return
     yield "| workers | equal tokens, of the sum | tokens by speed, of the sum | largest difference of a step's loss to equal tokens |"
     yield "|---|---|---|---|"
-    newest = {(d["case"]["gpus"], d["case"].get("nodes", 1), d.get("share") or d.get("slowdown")): d for d in results("unequal")}
-    for (gpus, nodes, value), d in newest.items():
+    newest = {(d["case"]["gpus"], d["case"].get("nodes", 1), d.get("share") or d.get("slowdown"),
+               d["case"]["tokens"] * d["case"].get("accumulate", 1)): d for d in results("unequal")}
+    for (gpus, nodes, value, step), d in newest.items():
         if "balanced_of_sum" in d:
             slow = f"{nodes} shard groups, the last" if nodes > 1 else "one"
             where = f"{gpus} GPUs, {slow} slowed {value:g} times" if gpus else f"two on the CPU, one held to {value:.0%} of its core"
-            yield (f"| {where} | {d['equal_of_sum']:.1%} | {d['balanced_of_sum']:.1%} | {d['loss_difference']['balanced_to_equal']:.1e} |")
+            yield (f"| {where}, steps of {step:,} tokens | {d['equal_of_sum']:.1%} | {d['balanced_of_sum']:.1%} | "
+                   f"{d['loss_difference']['balanced_to_equal']:.1e} |")
 
 
 def network() -> Iterator[str]:

@@ -142,15 +142,15 @@ def occupied(gpus: list[int], slowdown: float) -> Iterator[None]:
 
 
 def configuration(options: argparse.Namespace, storage: Path, workers: int, balance: str) -> dict[str, Any]:
-    """The trainer's configuration file: one micro-batch can hold the tokens of a step, so budgets are never cut by it."""
+    """The trainer's configuration file: one micro-batch can hold the tokens of all workers, so budgets are never cut by it."""
     gpu = bool(options.gpus)
     architecture = {**MODELS[options.model], "vocab_size": VOCABULARY, "max_position_embeddings": 4096, "tie_word_embeddings": not gpu}
     return {
         "storage": str(storage),
         "run": {"name": "unequal", "model": {"path": "none", "dtype": "bfloat16" if gpu else "float32", "architecture": architecture},
                 "data": {"path": "made.jsonl", "max_tokens": CONTEXT},
-                "train": {"epochs": 1, "tokens_per_step": options.tokens, "micro_batch_tokens": options.tokens, "schedule": "constant",
-                          "learning_rate": 1e-5 if gpu else 1e-3, "eval_every": 10**6, "eval_rows": 8},
+                "train": {"epochs": 1, "tokens_per_step": options.tokens * options.accumulate, "micro_batch_tokens": options.tokens,
+                          "schedule": "constant", "learning_rate": 1e-5 if gpu else 1e-3, "eval_every": 10**6, "eval_rows": 8},
                 "engine": {"kind": "fsdp", "reduce_dtype": "bfloat16" if gpu else "float32", "zero_stage": 3 if gpu else 2,
                            "shard_group": "node" if options.nodes > 1 else "world"},
                 "checkpoint": {"every_minutes": 10**6}},
@@ -163,7 +163,8 @@ class Measured(Run):
     def __init__(self, options: argparse.Namespace, folder: Path, workers: int, balance: str = "equal", steps: int = 0,
                  environment: dict[str, str] | None = None) -> None:
         self.steps = steps or options.steps
-        super().__init__(configuration(options, folder, workers, balance), folder, (options.steps + 20) * options.tokens, environment)
+        tokens = (options.steps + 20) * options.tokens * options.accumulate
+        super().__init__(configuration(options, folder, workers, balance), folder, tokens, environment)
 
     def done(self) -> bool:
         return self.process.poll() is not None or len(self.lines()) >= self.steps
@@ -311,7 +312,8 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--nodes", type=int, default=1, help="shard groups that the GPUs are cut into, all of the last slowed")
     parser.add_argument("--slowdown", type=float, nargs="*", default=[1.75])
     parser.add_argument("--model", choices=MODELS, default="", help="default: tiny on the CPU, 1b on GPUs")
-    parser.add_argument("--tokens", type=int, default=16384, help="tokens of a step over all workers")
+    parser.add_argument("--tokens", type=int, default=16384, help="tokens of all workers' micro-batches together")
+    parser.add_argument("--accumulate", type=int, default=1, help="micro-batches of a step: what is done once a step weighs less with more")
     parser.add_argument("--steps", type=int, default=0, help="steps of a run (default: 14 on the CPU, 30 on GPUs)")
     parser.add_argument("--repeats", type=int, default=3, help="turns (on the CPU)")
     parser.add_argument("--timeout", type=float, default=1800, help="seconds for one share or slowdown")

@@ -101,8 +101,8 @@ e2e-promotion: $(TOOLS_VENV) ## two environments on the running local cluster: t
 e2e-nodes: $(TOOLS_VENV) ## a second node, in a guest on this machine, beside the local cluster's: joined, lost, cut off (root)
 	@$(TOOLS) -m tools.checks nodes
 
-chaos: $(TOOLS_VENV) ## TRIES=1: each fault at a random moment of a real run on the local cluster; an hour with TRIES=1 (root)
-	@TRIES=$(or $(TRIES),1) FAULTS_OUT=$(FAULTS_OUT) $(TOOLS) -m tools.checks chaos
+chaos: $(TOOLS_VENV) ## TRIES=1 FIRST=0: each fault at a random moment of a real run on the local cluster; an hour with TRIES=1 (root)
+	@TRIES=$(or $(TRIES),1) FIRST=$(or $(FIRST),0) FAULTS_OUT=$(FAULTS_OUT) $(TOOLS) -m tools.checks chaos
 
 test-slow: $(TOOLS_VENV) $(TRAINER_VENV) ## whole training runs on this machine with faults around them: minutes each, no cluster
 	@$(TOOLS) -m tools.checks slow

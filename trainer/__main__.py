@@ -77,8 +77,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         from trainer import failures
 
-        why = failures.describe(error, failures.planned(config), final=True)
-        print(f"Error: training failed and was given up: {why}", file=sys.stderr, flush=True)
+        print(f"Error: training failed and was given up: {failures.reason(error, config)}", file=sys.stderr, flush=True)
         return 1
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ray.exceptions import RayActorError
+from ray.train import WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy
 from ray.train.v2._internal.execution.failure_handling.failure_policy import FailureDecision
@@ -19,6 +20,8 @@ from trainer.errors import UserError
 from trainer.memory import Container
 
 GIB = 1 << 30
+GIVEN_UP = "Given up: "
+"""Begins the message of an error that the controller hands to the driver: beside the workers' errors, the message alone is pickled."""
 
 _pods: dict[int, Container] = {}
 """Each rank's container, as it was when the workers last started."""
@@ -80,6 +83,12 @@ def describe(error: BaseException, need: str = "", final: bool = False) -> str:
     return "; ".join(parts) or str(getattr(error, "controller_failure", None) or error).splitlines()[0]
 
 
+def reason(error: BaseException, config: Config) -> str:
+    """Why a run was given up, for its driver: what the controller found, which alone knows the workers' pods."""
+    message = str(getattr(error, "_error_message", ""))
+    return message.removeprefix(GIVEN_UP) if message.startswith(GIVEN_UP) else describe(error, planned(config), final=True)
+
+
 def _memory(rank: int, failure: BaseException, need: str, final: bool) -> str:
     """What a worker's end has to do with memory: certain (Ray's own monitor says so, or the kernel has killed in this pod before), or,
     if `final`, possible (it ended without a word, as when its pod is killed). Else empty."""
@@ -137,7 +146,10 @@ class FailurePolicy(DefaultFailurePolicy):
             if at_start or failures:
                 count = f" (loss {self._worker_group_failures} since the last new checkpoint, at most {most} are mended)"
         given_up = decision != FailureDecision.RETRY
-        print(f"The workers stopped{count}: {describe(training_failed_error, self._need, given_up)}. "
+        why = describe(training_failed_error, self._need, given_up)
+        if given_up and isinstance(training_failed_error, WorkerGroupError):
+            training_failed_error._error_message = GIVEN_UP + why
+        print(f"The workers stopped{count}: {why}. "
               + ("Giving up." if given_up else "Starting again from the last checkpoint."), flush=True)
         return decision
 

@@ -251,7 +251,9 @@ def test_a_run_that_lacks_memory_ends_with_the_reason(world: World, undisturbed:
         lower(0.7)  # too little for any that is started in the same pod
         text = world.failed(run.name, 400)
     record(fault="out of memory for good", attempt=0, what=run.name, recovery_seconds=round(time.time() - began, 1), text=text[-1500:])
-    assert "memory" in text and "Giving up" in text and "trainer plan` a worker holds" in text
+    assert "Giving up" in text
+    reason = text.partition("Error: training failed and was given up: ")[2].partition("\n")[0]
+    assert "was killed because its pod ran out of memory" in reason and "trainer plan` a worker holds" in reason
     assert text.count("Starting again from the last checkpoint") <= 3
 
 

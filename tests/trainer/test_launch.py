@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -94,6 +95,9 @@ def test_what_the_kernel_killed_is_named_with_limit_and_plan(monkeypatch, capsys
     assert "worker 0 was killed because its pod ran out of memory" in last
     assert "(the memory limit of its pod pod-a is 6.0 GiB; by the plan 4.1 GiB" in last
     assert last.endswith("worker 1: RuntimeError: connection reset. Giving up.")
+    # The driver says the same: it gets the error by Ray, and knows nothing of the pods.
+    monkeypatch.setattr(failures, "_pods", {})
+    assert f"{failures.reason(pickle.loads(pickle.dumps(died)), None)}. Giving up." == last.partition("are mended): ")[2]
 
 
 def test_a_worker_that_ended_without_a_word_may_have_lacked_memory():

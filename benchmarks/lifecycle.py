@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -23,7 +21,7 @@ from typing import Any
 
 import yaml
 from record import record
-from train import MODELS, REPOSITORY, told_steps, versions
+from train import MODELS, REPOSITORY, end, told_steps, versions
 
 SAMPLE = REPOSITORY / "trainer/data/sample"
 LOADS = """
@@ -72,21 +70,7 @@ def configuration(options: argparse.Namespace, storage: Path) -> dict[str, Any]:
 def start(config: Path, log: Path) -> subprocess.Popen[bytes]:
     with open(log, "ab") as file:
         return subprocess.Popen([sys.executable, "-m", "trainer", "run", "--config", str(config)], cwd=REPOSITORY, stdout=file,
-                                stderr=subprocess.STDOUT, start_new_session=True)
-
-
-def kill(process: subprocess.Popen[bytes]) -> None:
-    """The driver, its Ray and all workers, without warning."""
-    children = subprocess.run(["ps", "-eo", "pid,sess"], capture_output=True, text=True, check=True).stdout.split("\n")[1:]
-    session = str(os.getsid(process.pid))
-    for line in children:
-        if line.split()[1:] == [session]:
-            os.kill(int(line.split()[0]), signal.SIGKILL)
-    process.wait()
-
-
-def steps_done(run: Path) -> list[dict[str, Any]]:
-    return told_steps(run / "metrics.jsonl")
+                                stderr=subprocess.STDOUT)
 
 
 def checkpoints(run: Path) -> list[int]:
@@ -113,13 +97,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         began = time.monotonic()
         process = start(config, log)
         kill_at = options.steps // 2 + 1
-        while process.poll() is None and (len(steps_done(run)) < kill_at or not checkpoints(run)):
+        while process.poll() is None and (len(told_steps(run / "metrics.jsonl")) < kill_at or not checkpoints(run)):
             if time.monotonic() - began > options.timeout:
                 break
             time.sleep(0.2)
-        before = steps_done(run)
+        before = told_steps(run / "metrics.jsonl")
         kept = max(checkpoints(run), default=0)
-        kill(process)
+        end(process)
         result: dict[str, Any] = {"case": {k: getattr(options, k) for k in ("model", "layers", "method", "engine", "gpus", "steps")},
                                   "killed_after_step": before[-1]["step"] if before else 0, "checkpoint_then": kept,
                                   "seconds_until_kill": round(time.monotonic() - began, 1)}
@@ -128,10 +112,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         try:
             result["exit"] = process.wait(options.timeout)
         except subprocess.TimeoutExpired:
-            kill(process)
+            end(process)
             result["exit"] = 124
         result["seconds_of_second_start"] = round(time.monotonic() - again, 1)
-        lines = steps_done(run)
+        lines = told_steps(run / "metrics.jsonl")
         result["loss"] = [round(lines[0]["loss"], 4), round(lines[-1]["loss"], 4)] if lines else []
         result["steps"] = [line["step"] for line in lines] == list(range(1, options.steps + 1))
         text = log.read_text(errors="replace")

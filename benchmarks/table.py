@@ -49,18 +49,29 @@ def describe(case: dict[str, Any]) -> str:
     return ", ".join(words)
 
 
+def on_gpus() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Results of training speed on GPUs, with the machine's name."""
+    for machine in sorted(path.stem for path in RESULTS.glob("*xH*.jsonl")):
+        for result in cases(machine):
+            yield machine.replace("x", " x "), result
+
+
+def settings(case: dict[str, Any]) -> dict[str, str]:
+    """What a case set by `--set`."""
+    return dict(one.split("=", 1) for one in case["set"])
+
+
 def speed() -> Iterator[str]:
     """Rows of the table of training speed."""
     yield "| GPUs | model and method | tokens/s a GPU | MFU (of the bf16 peak) | first step after |"
     yield "|---|---|---|---|---|"
-    for machine in sorted(path.stem for path in RESULTS.glob("*xH*.jsonl")):
-        newest: dict[tuple[str, str], str] = {}
-        for result in cases(machine):
-            beside = ", beside runs on the host's other GPUs" if result.get("beside") else ""
-            key = (result["case"]["model"], describe(result["case"]) + beside)
-            newest[key] = (f"| {machine.replace('x', ' x ')} | {NAMES[key[0]]}, {key[1]} | {result['tokens_per_second_per_worker']:,.0f} | "
-                           f"{result['mfu']:.1%} | {result['first_step_seconds_after_start']:.0f} s |")
-        yield from newest.values()
+    newest: dict[tuple[str, str, str], str] = {}
+    for machine, result in on_gpus():
+        beside = ", beside runs on the host's other GPUs" if result.get("beside") else ""
+        key = (machine, result["case"]["model"], describe(result["case"]) + beside)
+        newest[key] = (f"| {machine} | {NAMES[key[1]]}, {key[2]} | {result['tokens_per_second_per_worker']:,.0f} | "
+                       f"{result['mfu']:.1%} | {result['first_step_seconds_after_start']:.0f} s |")
+    yield from newest.values()
 
 
 def saves() -> Iterator[str]:
@@ -68,32 +79,34 @@ def saves() -> Iterator[str]:
     yield ""
     yield "| a save beside the training | GB a GPU, written in | loop held | slowest step, beyond the usual | lost in all, of the time |"
     yield "|---|---|---|---|---|"
-    for machine in sorted(path.stem for path in RESULTS.glob("*xH*.jsonl")):
-        for d in cases(machine):
-            every = next((s.partition("=")[2] for s in d["case"]["set"] if s.startswith("checkpoint.every_steps=")), "")
-            written = re.search(r"([\d.]+) GB of this rank in ([\d.]+) s", " ".join(d.get("checkpoint", {}).get("saved", ())))
-            if every and written:
-                cost, steps = d["checkpoint"], d["steps"] - d["case"]["warm"]
-                whole = steps * sum(d["seconds"].values()) + cost["lost_seconds"]
-                lost = cost["lost_seconds"] + steps * d["seconds"]["data"]
-                yield (f"| {machine.replace('x', ' x ')}, {NAMES[d['case']['model']]}, {describe(d['case'])}, every {every} steps | "
-                       f"{float(written[1]):.0f}, {float(written[2]):.0f} s | {cost['held_seconds']:.1f} s | "
-                       f"{cost['slowest_step_beyond_usual']:.1f} s | {lost:.1f} s, {lost / whole:.1%} |")
+    for machine, d in on_gpus():
+        every = settings(d["case"]).get("checkpoint.every_steps")
+        written = re.search(r"([\d.]+) GB of this rank in ([\d.]+) s", " ".join(d.get("checkpoint", {}).get("saved", ())))
+        if every and written:
+            cost, steps = d["checkpoint"], d["steps"] - d["case"]["warm"]
+            whole = steps * sum(d["seconds"].values()) + cost["lost_seconds"]
+            lost = cost["lost_seconds"] + steps * d["seconds"]["data"]
+            yield (f"| {machine}, {NAMES[d['case']['model']]}, {describe(d['case'])}, every {every} steps | "
+                   f"{float(written[1]):.0f}, {float(written[2]):.0f} s | {cost['held_seconds']:.1f} s | "
+                   f"{cost['slowest_step_beyond_usual']:.1f} s | {lost:.1f} s, {lost / whole:.1%} |")
 
 
-def losses() -> Iterator[str]:
-    """Rows of the tables of time lost beside the steps, and of FP8's loss."""
+def beside_the_steps() -> Iterator[str]:
+    """Rows of the table of what evaluations, saves, data and logging took: results with evaluations."""
     yield ""
     yield "| run with evaluations and saves | in steps of | not spent on forward, backward and optimizer |"
     yield "|---|---|---|"
-    for machine in sorted(path.stem for path in RESULTS.glob("*xH*.jsonl")):
-        for d in cases(machine):
-            settings = dict(s.split("=", 1) for s in d["case"]["set"])
-            if "train.eval_every" in settings:
-                step = sum(value for name, value in d["seconds"].items() if name != "checkpoint")
-                yield (f"| {machine.replace('x', ' x ')}, {NAMES[d['case']['model']]}, {describe(d['case'])}: "
-                       f"{settings['train.eval_rows']} rows evaluated every {settings['train.eval_every']} steps, "
-                       f"saved every {settings['checkpoint.every_steps']} | {step:.1f} s | {d['lost_share']:.1%} |")
+    for machine, d in on_gpus():
+        chosen = settings(d["case"])
+        if "train.eval_every" in chosen:
+            step = sum(value for name, value in d["seconds"].items() if name != "checkpoint")
+            yield (f"| {machine}, {NAMES[d['case']['model']]}, {describe(d['case'])}: {chosen['train.eval_rows']} rows evaluated every "
+                   f"{chosen['train.eval_every']} steps, saved every {chosen['checkpoint.every_steps']} | {step:.1f} s | "
+                   f"{d['lost_share']:.1%} |")
+
+
+def float8() -> Iterator[str]:
+    """Rows of the table of FP8's loss (benchmarks/float8.py)."""
     yield ""
     yield "| FP8 beside bf16: the same rows, mean loss of the last 50 steps | bf16 (each seed) | FP8 | FP8 differs by | seeds differ by |"
     yield "|---|---|---|---|---|"
@@ -301,7 +314,7 @@ def answers() -> Iterator[str]:
 
 
 TABLES: dict[str, dict[str, Callable[[], Iterator[str]]]] = {
-    "README.md": {"": lambda: chain(speed(), saves(), losses(), peers(), lifecycles(), preparation(), starts())},
+    "README.md": {"": lambda: chain(speed(), saves(), beside_the_steps(), float8(), peers(), lifecycles(), preparation(), starts())},
     "docs/reliability.md": {"": faults, "kills": kills, "nodes": nodes},
     "docs/mixed-gpus.md": {"unequal": unequal},
     "docs/network.md": {"network": network},

@@ -26,6 +26,9 @@ from tools.cluster import daemons, kubernetes, registry, status
 from tools.cluster.settings import Settings
 from tools.layout import Layout
 
+FIRST = int(os.environ.get("FIRST", "0"))
+ATTEMPTS = range(FIRST, FIRST + int(os.environ.get("TRIES", "1")))
+"""Numbers of the tries of each fault: they are the seeds, so ten can be done in parts."""
 CONTROL_PLANE_AWAY = 60
 """Seconds for which a part of the control plane is stopped."""
 CGROUPS = Path("/sys/fs/cgroup")

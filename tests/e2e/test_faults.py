@@ -25,6 +25,7 @@ import yaml
 from kubernetes import client
 
 from tests.e2e.faults import (
+    ATTEMPTS,
     PARTS,
     Cluster,
     Fault,
@@ -44,8 +45,6 @@ from tools.cluster.up import OWNER
 from tools.layout import REPOSITORY, Layout
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
-FIRST, TRIES = int(os.environ.get("FIRST", "0")), int(os.environ.get("TRIES", "1"))
-"""Number of the first try (it is the seed), and how many: ten can be done in parts."""
 STEPS, EVERY = max(part.steps for part in PARTS), 5
 """Optimizer steps of the undisturbed run, and of any between two checkpoints."""
 SMALL = {
@@ -229,7 +228,7 @@ def strike(world: World, run: Run, fault: Fault, chosen: random.Random, undistur
     assert repeated <= EVERY + 1, "at most one checkpoint interval, and the step under way, is done again"
 
 
-@pytest.mark.parametrize("attempt", range(FIRST, FIRST + TRIES))
+@pytest.mark.parametrize("attempt", ATTEMPTS)
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: part.name)
 def test_a_run_survives(part: Part, attempt: int, world: World, undisturbed: Run) -> None:
     chosen = random.Random(f"{part.name} {attempt}")

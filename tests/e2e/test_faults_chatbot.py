@@ -22,13 +22,12 @@ import pytest
 import yaml
 from kubernetes import client
 
-from tests.e2e.faults import Cluster, less_memory, record, restart_containerd, restart_kubelet, until
+from tests.e2e.faults import ATTEMPTS, Cluster, less_memory, record, restart_containerd, restart_kubelet, until
 from tools.cluster import status
 from tools.cluster.settings import Settings
 from tools.layout import Layout
 
 pytestmark = pytest.mark.timeout(900)
-FIRST, TRIES = int(os.environ.get("FIRST", "0")), int(os.environ.get("TRIES", "1"))
 SELECTOR = "app.kubernetes.io/name=chatbot"
 STALL = 40
 """Seconds for which the storage stands still: twice as long as the chatbot waits for it."""
@@ -221,7 +220,7 @@ def test_it_comes_back_by_itself(name: str, chatbot: Chatbot) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("attempt", range(FIRST, FIRST + TRIES))
+@pytest.mark.parametrize("attempt", ATTEMPTS)
 @pytest.mark.parametrize("name", FAULTS)
 def test_it_comes_back_by_itself_every_time(name: str, attempt: int, chatbot: Chatbot) -> None:
     survive(name, attempt, chatbot)

@@ -156,8 +156,8 @@ def less_memory(pid: int, spare: int) -> Iterator[Callable[[float], None]]:
     held = sum(int(stat.get(key, 0)) for key in (("total_rss", "total_shmem") if path else ("anon", "shmem")))
     kept = limit.read_text()
 
-    def lower(share: float) -> None:
-        limit.write_text(str(int(held * share)))
+    def lower(share: float) -> None:  # refused while what the process held is not all given back
+        until(lambda: limit.write_text(str(int(held * share))), 10, f"{limit} lowered to {share:.0%}", every=0.1)
 
     try:
         for _ in range(64):
@@ -308,7 +308,7 @@ PARTS = (
     Part("beside the run", 60, (
         Fault("submitter pod killed", kill_submitter, False), Fault("operator pod killed", kill_operator, False),
         Fault("kubelet restarted", restart_kubelet, False), Fault("containerd restarted", restart_containerd, False))),
-    Part("control plane", 120, (
+    Part("control plane", 300, (  # after etcd's minute the kubelet holds the API server back for up to two more
         Fault("API server stopped for 60 s", stop_api_server, False), Fault("etcd stopped for 60 s", stop_etcd, False))),
     Part("delivery", 120, (
         Fault("Argo CD down", stop_argocd, False), Fault("git down", stop_git, False),

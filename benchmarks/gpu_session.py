@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
 
@@ -52,43 +52,39 @@ class Row:
 
 WIDE_7B = "train.py --unsaved --model 7b --micro 8192 --accumulate 4 --checkpointing none --steps 12 --set engine.zero_stage=2"
 FOUR = "train.py --unsaved --workers 4 --micro 8192 --accumulate 4"
-LORA = "train.py --unsaved --model 7b --rows qca --micro 8192 --accumulate 2 --steps 14 --method lora"
-SCALING = [Row(f"{LORA} --workers 4", 100, "LoRA 7B on four GPUs: 95 % of one's"),
-           Row(f"{LORA} --workers 1", 110, "on one, beside two others", "0"),
-           Row(f"{LORA} --workers 2", 110, "on two, beside one other", "2,3")]
+LORA = "train.py --unsaved --model 7b --rows qca --micro 8192 --accumulate 2 --checkpointing none --steps 14"
+LORA_ON_ONE = Row(f"{LORA} --method lora", 160, "LoRA 7B: 19,000 on an H100")
+QLORA_ON_ONE = Row(f"{LORA} --method qlora", 160, "QLoRA 7B: 12,000 on an H100")
+LORA_ON_TWO = Row(f"{LORA} --method lora --workers 2", 160, "LoRA 7B on two GPUs: 95 % of one's", "2,3")
+LORA_ON_FOUR = Row(f"{LORA} --method lora --workers 4", 140, "on four: 95 % of one's")
+SCALING = [replace(LORA_ON_ONE, gpus="0"), replace(QLORA_ON_ONE, gpus="1"), LORA_ON_TWO]
+UNEQUAL = Row("unequal.py --gpus 2 --model 1b --slowdown 1.75 --steps 20", 400, "one GPU of two slowed: 95 % of the sum", file="unequal")
+UNEQUAL_GROUPS = Row("unequal.py --gpus 4 --nodes 2 --model 1b --slowdown 1.75 --steps 20", 480,
+                     "2 + 2 in hybrid shard groups: 95 % of the sum", file="unequal")
+KILLS = Row("kills.py --gpus 2 --model 1b --tokens 8192 --kills 1 --elastic", 400,
+            "a worker killed, a node lost and come again: the same rows, seconds to go on (a kill: 32 s)", file="kills")
+WIDE_QA = Row(f"{WIDE_7B} --rows qa --workers 2", 170, "7B full bf16, rows without context (the old recipe has 1,360)")
+WIDE_FP8 = Row(f"{WIDE_7B} --rows qca --workers 2 --float8 tensorwise", 170, "7B full FP8: 19,500 a GPU")
+WIDE_13B = Row("train.py --unsaved --model 13b --rows qca --workers 2 --micro 8192 --accumulate 4 --steps 9", 220,
+               "13B full bf16: 6,500 a GPU (6,347 with two micro-batches)")
 # To the first step a 7B takes 60 to 90 s, on hosts with slow cores or several runs at once 100 to 130 s; half with compiled kernels.
 CALLS: dict[str, list[Row]] = {
-    "1xH100": [
-        Row(f"{LORA} --checkpointing none", 170, "LoRA 7B: 19,000"),
-        Row(LORA.replace("lora", "qlora") + " --checkpointing none", 170, "QLoRA 7B: 12,000"),
-    ],
-    "2xH200-full": [
-        Row(f"{WIDE_7B} --rows qa --workers 2", 170, "7B full bf16, rows without context (the old recipe has 1,360)"),
-        Row("train.py --unsaved --model 13b --rows qca --workers 2 --micro 8192 --accumulate 4 --steps 9", 220,
-            "13B full bf16: 6,500 a GPU (6,347 with two micro-batches)"),
-        Row(f"{WIDE_7B} --rows qca --workers 2 --float8 tensorwise", 170, "7B full FP8: 19,500 a GPU"),
-    ],
-    "2x-unequal": [Row("unequal.py --gpus 2 --model 1b --slowdown 1.75 --steps 24", 480, "one GPU of two slowed: 95 % of the sum",
-                       file="unequal")],
-    "2x-kills": [Row("kills.py --gpus 2 --model 1b --tokens 8192 --kills 1 --elastic", 480,
-                     "a worker killed, a node lost and come again: the same rows, seconds to go on (a kill: 32 s)", file="kills")],
+    "1xH100": [LORA_ON_ONE, QLORA_ON_ONE],
+    "2xH200-full": [WIDE_QA, WIDE_FP8, WIDE_13B],
+    "2x-unequal": [UNEQUAL],
+    "2x-kills": [KILLS],
     "4xH200-full": [
-        Row(f"{WIDE_7B} --rows qca --workers 4", 150, "7B full bf16 on four H200"),
-        Row(f"{WIDE_7B} --rows qa --workers 4", 90, "the same, rows without context (the old recipe has 1,360 on two)"),
-        *SCALING,
-        Row(f"{FOUR} --model 13b --steps 9 --rows qca", 150, "13B full bf16: 6,500 a GPU"),
+        Row(f"{WIDE_7B} --rows qca --workers 4", 160, "7B full bf16 on four H200"),
+        Row(f"{WIDE_7B} --rows qa --workers 4", 140, "rows without context (the old recipe has 1,360 on two)"),
     ],
+    "4xH200-lora": [*SCALING, LORA_ON_FOUR],
+    "4x-unequal": [UNEQUAL_GROUPS],
+    "4xH200-pairs": [replace(WIDE_13B, gpus="0,1"), replace(KILLS, gpus="2,3"), replace(WIDE_FP8, gpus="0,1")],
     "4xH100-full": [
-        Row(f"{FOUR} --model 7b --steps 12 --rows qca", 150, "7B full bf16: 13,500 a GPU"),
-        Row(f"{FOUR} --model 7b --steps 12 --rows qa", 90,
-            "the same, rows without context (the old recipe has 1,357 on four)"),
-        *SCALING,
-        Row(f"{FOUR} --model 13b --steps 9 --rows qca", 150, "13B full bf16: 6,500 a GPU"),
+        Row(f"{FOUR} --model 7b --steps 12 --rows qca", 160, "7B full bf16: 13,500 a GPU"), *SCALING, LORA_ON_FOUR,
+        Row(f"{FOUR} --model 7b --steps 12 --rows qa", 120, "rows without context (the old recipe has 1,357 on four)"),
     ],
-    "4x-unequal": [
-        Row("unequal.py --gpus 4 --nodes 2 --model 1b --slowdown 1.75 --steps 24", 480, "2 + 2 in hybrid shard groups: 95 % of the sum",
-            file="unequal"),
-    ],
+    "4xH100-13b": [Row(f"{FOUR} --model 13b --steps 9 --rows qca", 220, "13B full bf16: 6,500 a GPU")],
     "2xH200-export": [
         Row("lifecycle.py --model 70b --layers 20 --method qlora --gpus 1 --steps 16", 470,
             "layers of a 70B, QLoRA: run, killed, resumed, exported (a quarter of them: the whole export is 140 GB of disk; resumes, its "

@@ -74,6 +74,25 @@ def speed() -> Iterator[str]:
     yield from newest.values()
 
 
+def scaling() -> Iterator[str]:
+    """Rows of the table of more GPUs: the newest results of the same case on one, two and four GPUs of one kind. LoRA only: a full
+    fine-tune keeps fewer activations on one GPU than on two."""
+    found: dict[tuple[str, str, str], dict[int, float]] = {}
+    for machine, result in on_gpus():
+        if result["case"]["method"] == "full":
+            continue
+        gpus, kind = machine.split(" x ")
+        key = (kind, result["case"]["model"], describe(result["case"]))
+        found.setdefault(key, {})[int(gpus)] = result["tokens_per_second_per_worker"]
+    yield ""
+    yield "| tokens/s a GPU, of one GPU's | one | two | four |"
+    yield "|---|---|---|---|"
+    for (kind, model, what), speeds in found.items():
+        if 1 in speeds and len(speeds) > 1:
+            shares = (f"{speeds[n] / speeds[1]:.1%}" if n in speeds else "–" for n in (2, 4))
+            yield f"| {kind}, {NAMES[model]}, {what} | {speeds[1]:,.0f} | {' | '.join(shares)} |"
+
+
 def saves() -> Iterator[str]:
     """Rows of the table of checkpoints written beside the training: results with saves between steps."""
     yield ""
@@ -274,8 +293,9 @@ def unequal() -> Iterator[str]:
         if "balanced_of_sum" in d:
             slow = f"{nodes} shard groups, the last" if nodes > 1 else "one"
             where = f"{gpus} GPUs, {slow} slowed {value:g} times" if gpus else f"two on the CPU, one held to {value:.0%} of its core"
-            yield (f"| {where}, steps of {step:,} tokens | {d['equal_of_sum']:.1%} | {d['balanced_of_sum']:.1%} | "
-                   f"{d['loss_difference']['balanced_to_equal']:.1e} |")
+            equal, difference = (f"{d['equal_of_sum']:.1%}", f"{d['loss_difference']['balanced_to_equal']:.1e}") \
+                if "equal_of_sum" in d else ("time was up", "–")
+            yield f"| {where}, steps of {step:,} tokens | {equal} | {d['balanced_of_sum']:.1%} | {difference} |"
 
 
 def network() -> Iterator[str]:
@@ -314,7 +334,8 @@ def answers() -> Iterator[str]:
 
 
 TABLES: dict[str, dict[str, Callable[[], Iterator[str]]]] = {
-    "README.md": {"": lambda: chain(speed(), saves(), beside_the_steps(), float8(), peers(), lifecycles(), preparation(), starts())},
+    "README.md": {"": lambda: chain(speed(), scaling(), saves(), beside_the_steps(), float8(), peers(), lifecycles(), preparation(),
+                                    starts())},
     "docs/reliability.md": {"": faults, "kills": kills, "nodes": nodes},
     "docs/mixed-gpus.md": {"unequal": unequal},
     "docs/network.md": {"network": network},

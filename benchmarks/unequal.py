@@ -283,24 +283,30 @@ def on_gpus(options: argparse.Namespace, slowdown: float) -> dict[str, Any]:
     """Two workers on free GPUs, on unequal ones with equal budgets and with budgets by speed, on occupied ones."""
     deadline = time.monotonic() + options.timeout
     slow = list(range(options.gpus))[-(options.gpus // options.nodes if options.nodes > 1 else 1):]
-    plan: dict[str, tuple[str, list[int]]] = {"free": ("equal", []), "balanced": ("speed", slow), "equal": ("equal", slow),
-                                              "occupied": ("equal", list(range(options.gpus)))}
+    # What the ratio needs comes first.
+    plan: dict[str, tuple[str, list[int]]] = {"free": ("equal", []), "balanced": ("speed", slow),
+                                              "occupied": ("equal", list(range(options.gpus))), "equal": ("equal", slow)}
     runs: dict[str, dict[str, Any]] = {}
-    for number, (name, (balance, busy)) in enumerate(plan.items()):
-        left = deadline - time.monotonic()
+    for name, (balance, busy) in plan.items():
         try:
-            runs[name] = pair(options, balance, busy, slowdown, time.monotonic() + left / (len(plan) - number))
+            runs[name] = pair(options, balance, busy, slowdown, deadline)
         except SystemExit as error:
             runs[name] = {"error": str(error)}
+        print(f"{name}: {runs[name].get('tokens_per_second', 'no steps')}", file=sys.stderr, flush=True)
     result: dict[str, Any] = {"slowdown": slowdown, "runs": {k: {i: j for i, j in v.items() if i != "losses"} for k, v in runs.items()}}
-    if all("error" not in r for r in runs.values()):
-        rate = {name: r["tokens_per_second"] for name, r in runs.items()}
-        share = len(slow) / options.gpus
+    rate = {name: found["tokens_per_second"] for name, found in runs.items() if "error" not in found}
+    if {"free", "balanced", "occupied"} <= rate.keys():
+        share, measured = len(slow) / options.gpus, rate["free"] / rate["occupied"]
+        if measured < (1 + slowdown) / 2:
+            return result | {"error": f"Occupied GPUs were {measured:.2f} times as slow, not {slowdown:g}: the steps wait for the host. "
+                                      "Give --tokens more."}
         whole = rate["occupied"] * share + rate["free"] * (1 - share)
-        result |= {"slowdown_measured": round(rate["free"] / rate["occupied"], 3), "balanced_of_sum": round(rate["balanced"] / whole, 4),
-                   "equal_of_sum": round(rate["equal"] / whole, 4), "gain": round(rate["balanced"] / rate["equal"], 4),
-                   "loss_difference": {"balanced_to_equal": difference(runs["balanced"], runs["equal"]),
-                                       "equal_to_equal": difference(runs["equal"], runs["free"])}}
+        result |= {"slowdown_measured": round(measured, 3), "balanced_of_sum": round(rate["balanced"] / whole, 4),
+                   "loss_difference": {"balanced_to_free": difference(runs["balanced"], runs["free"])}}
+        if "equal" in rate:
+            result |= {"equal_of_sum": round(rate["equal"] / whole, 4), "gain": round(rate["balanced"] / rate["equal"], 4)}
+            result["loss_difference"] |= {"balanced_to_equal": difference(runs["balanced"], runs["equal"]),
+                                          "equal_to_equal": difference(runs["equal"], runs["free"])}
     return result
 
 
@@ -312,7 +318,8 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--nodes", type=int, default=1, help="shard groups that the GPUs are cut into, all of the last slowed")
     parser.add_argument("--slowdown", type=float, nargs="*", default=[1.75])
     parser.add_argument("--model", choices=MODELS, default="", help="default: tiny on the CPU, 1b on GPUs")
-    parser.add_argument("--tokens", type=int, default=16384, help="tokens of all workers' micro-batches together")
+    parser.add_argument("--tokens", type=int, default=0,
+                        help="tokens of all workers' micro-batches together (default: 16,384 on the CPU, 24,576 for each GPU)")
     parser.add_argument("--accumulate", type=int, default=1, help="micro-batches of a step: what is done once a step weighs less with more")
     parser.add_argument("--steps", type=int, default=0, help="steps of a run (default: 14 on the CPU, 30 on GPUs)")
     parser.add_argument("--repeats", type=int, default=3, help="turns (on the CPU)")
@@ -329,6 +336,7 @@ def main() -> None:
     if options.occupy:
         occupy(options.occupy)
     options.model = options.model or ("1b" if options.gpus else "tiny")
+    options.tokens = options.tokens or (24576 * options.gpus or 16384)
     options.steps = options.steps or (30 if options.gpus else 14)
     case = {k: v for k, v in vars(options).items() if k not in ("share", "slowdown", "scratch", "out", "occupy")}
     failed = False

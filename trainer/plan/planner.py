@@ -35,6 +35,8 @@ from trainer.plan.workload import (
 Mode = Literal["none", "selective", "full"]
 BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 """Activation budgets that are tried, best first."""
+WORTH = 1.03
+"""A change is advised if it is this many times as fast."""
 FILL = 0.997
 """Share of a micro-batch that packing fills (measured: 0.994 to 0.9997)."""
 
@@ -372,6 +374,32 @@ def _candidates(config: Config) -> Iterator[tuple[str, Config | None]]:
                                                 method={"kind": "qlora"})
 
 
+def best_micro_batch(config: Config, facts: DatasetFacts | None, result: Plan) -> tuple[Plan, int]:
+    """The fastest plan that fits over halves and doubles of `run.train.micro_batch_tokens`, and its tokens; `result` is the present one.
+
+    A smaller micro-batch may need no recomputation, a larger one gathers weights less often; what is reduced and updated a step stays the
+    same. Of plans within 1% of each other the one with the larger micro-batch is taken: its matrix products are larger. At least two of
+    the longest rows have to fit, or packing leaves room.
+    """
+    train, now = config.run.train, config.run.train.micro_batch_tokens
+    # On unlike GPUs the limit is the fastest one's; a slower one would recompute for it though it is dealt less (docs/mixed-gpus.md).
+    most = train.tokens_per_step / result.workers if len(result.groups) == 1 else 0
+    halves = (now >> k for k in range(1, 16) if now >> k >= 2 * config.run.data.max_tokens)
+    doubles = (now << k for k in range(1, 16) if now << k <= most)
+    found = [(result, now)]
+    for tokens in (*halves, *doubles):
+        changed = _changed(config, train={"micro_batch_tokens": tokens})
+        if changed is not None and (other := plan(changed, facts, advise=False)).fits:
+            found.append((other, tokens))
+    fastest = max(other.tokens_per_second for other, _ in found)
+    return max((one for one in found if one[0].tokens_per_second >= 0.99 * fastest), key=lambda one: one[1])
+
+
+def _faster(label: str, other: Plan, result: Plan) -> str:
+    return (f"{label} {_need(other)}, and is {other.tokens_per_second / result.tokens_per_second:.2f} times as fast "
+            f"({other.tokens_per_second:,.0f} tokens/s).")
+
+
 def _advice(config: Config, result: Plan, facts: DatasetFacts | None) -> list[str]:
     if result.fits is False:
         advice, seen = [], set()
@@ -391,13 +419,10 @@ def _advice(config: Config, result: Plan, facts: DatasetFacts | None) -> list[st
         return advice or ["Nothing that was tried fits: use a GPU with more memory, or a smaller model."]
     advice = []
     if result.tokens_per_second and result.fits:
-        # A smaller micro-batch may need no recomputation; what it reduces and updates a step stays the same.
-        smaller = max(config.run.data.max_tokens, config.run.train.micro_batch_tokens // 2)
         options: list[tuple[str, dict[str, dict[str, Any]]]] = [
             ("run.engine.shard_group: node", {"engine": {"shard_group": "node"}}),
             ("run.engine.zero_stage: 2", {"engine": {"zero_stage": 2}}),
-            ("run.engine.checkpointing: auto", {"engine": {"checkpointing": "auto"}}),
-            (f"run.train.micro_batch_tokens: {smaller}", {"train": {"micro_batch_tokens": smaller}})]
+            ("run.engine.checkpointing: auto", {"engine": {"checkpointing": "auto"}})]
         sharding = ("run.engine.shard_group", "run.engine.zero_stage")
         for label, parts in options:
             changed = _changed(config, **parts)
@@ -407,9 +432,11 @@ def _advice(config: Config, result: Plan, facts: DatasetFacts | None) -> list[st
                 other = plan(changed, facts, advise=False)
             except ConfigError:
                 continue
-            if other.fits and other.tokens_per_second > 1.03 * result.tokens_per_second:
-                advice.append(f"{label} {_need(other)}, and is {other.tokens_per_second / result.tokens_per_second:.2f} times as fast "
-                              f"({other.tokens_per_second:,.0f} tokens/s).")
+            if other.fits and other.tokens_per_second > WORTH * result.tokens_per_second:
+                advice.append(_faster(label, other, result))
+        best, tokens = best_micro_batch(config, facts, result)
+        if best.tokens_per_second > WORTH * result.tokens_per_second:
+            advice.append(_faster(f"run.train.micro_batch_tokens: {tokens}", best, result))
         waiting = result.network_seconds / result.step_seconds
         larger = _changed(config, train={"tokens_per_step": config.run.train.tokens_per_step * 4})
         if waiting > 0.2 and result.traffic.wire_step and larger is not None:

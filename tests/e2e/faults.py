@@ -297,7 +297,7 @@ class Part:
 
     name: str
     steps: int
-    """Length of the run: what is stopped for a minute must not outlast it."""
+    """Length of the run for one try: what is stopped for a minute must not outlast it."""
     faults: tuple[Fault, ...]
 
 

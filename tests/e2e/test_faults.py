@@ -1,9 +1,10 @@
 """What a run survives: faults at seeded random moments of real runs on the local cluster (`make chaos`, TRIES=10).
 
 A run takes the faults of one part of the table one after the other, each a few steps after the run has got over the one before, in an
-order that each try draws anew. Every step's loss must be that of the undisturbed run, bit for bit, after each fault and at the end; and
-no fault may cost more than one checkpoint interval. The model is a small random Llama (a step takes about a second), so that what is
-measured is the machinery: the runs' only difference is the licence's text, which changes the hash and nothing of the result.
+order that each try draws anew; as many tries as the undisturbed run is long share a run. Every step's loss must be that of the undisturbed
+run, bit for bit, after each fault and at the end; and no fault may cost more than one checkpoint interval. The model is a small random
+Llama (a step takes about a second), so that what is measured is the machinery: the runs' only difference is the licence's text, which
+changes the hash and nothing of the result.
 """
 
 from __future__ import annotations
@@ -228,14 +229,18 @@ def strike(world: World, run: Run, fault: Fault, chosen: random.Random, undistur
     assert repeated <= EVERY + 1, "at most one checkpoint interval, and the step under way, is done again"
 
 
-@pytest.mark.parametrize("attempt", ATTEMPTS)
-@pytest.mark.parametrize("part", PARTS, ids=lambda part: part.name)
-def test_a_run_survives(part: Part, attempt: int, world: World, undisturbed: Run) -> None:
-    chosen = random.Random(f"{part.name} {attempt}")
-    run = world.start(f"{part.name} {attempt}", part.steps)
+RUNS = [(part, ATTEMPTS[first:first + STEPS // part.steps]) for part in PARTS for first in range(0, len(ATTEMPTS), STEPS // part.steps)]
+"""Parts, and the tries that one run takes."""
+
+
+@pytest.mark.parametrize(("part", "tries"), RUNS, ids=[f"{part.name} {' '.join(map(str, tries))}" for part, tries in RUNS])
+def test_a_run_survives(part: Part, tries: range, world: World, undisturbed: Run) -> None:
+    run = world.start(f"{part.name} {tries[0]}", part.steps * len(tries))
     jobs = world.attempts()
-    for fault in chosen.sample(part.faults, len(part.faults)):
-        strike(world, run, fault, chosen, undisturbed, attempt)
+    for attempt in tries:
+        chosen = random.Random(f"{part.name} {attempt}")
+        for fault in chosen.sample(part.faults, len(part.faults)):
+            strike(world, run, fault, chosen, undisturbed, attempt)
     until(lambda: world.ended(run), 900, "the end of the run", every=1)
     assert whole_and_same(run, undisturbed), "the same losses as undisturbed"
     assert world.attempts() == jobs, "no second run was started"

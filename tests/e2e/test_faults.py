@@ -1,7 +1,7 @@
 """What a run survives: faults at seeded random moments of real runs on the local cluster (`make chaos`, TRIES=10).
 
 A run takes the faults of one part of the table one after the other, each a few steps after the run has got over the one before, in an
-order that each try draws anew; as many tries as the undisturbed run is long share a run. Every step's loss must be that of the undisturbed
+order that each try draws anew; up to five tries share a run. Every step's loss must be that of the undisturbed
 run, bit for bit, after each fault and at the end; and no fault may cost more than one checkpoint interval. The model is a small random
 Llama (a step takes about a second), so that what is measured is the machinery: the runs' only difference is the licence's text, which
 changes the hash and nothing of the result.
@@ -46,7 +46,7 @@ from tools.cluster.up import OWNER
 from tools.layout import REPOSITORY, Layout
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
-STEPS, EVERY = max(part.steps for part in PARTS), 5
+STEPS, EVERY = max(part.steps * part.together for part in PARTS), 5
 """Optimizer steps of the undisturbed run, and of any between two checkpoints."""
 SMALL = {
     # A constant learning rate: the losses of a shorter run are the first ones of a longer.
@@ -229,7 +229,7 @@ def strike(world: World, run: Run, fault: Fault, chosen: random.Random, undistur
     assert repeated <= EVERY + 1, "at most one checkpoint interval, and the step under way, is done again"
 
 
-RUNS = [(part, ATTEMPTS[first:first + STEPS // part.steps]) for part in PARTS for first in range(0, len(ATTEMPTS), STEPS // part.steps)]
+RUNS = [(part, ATTEMPTS[first:first + part.together]) for part in PARTS for first in range(0, len(ATTEMPTS), part.together)]
 """Parts, and the tries that one run takes."""
 
 

@@ -64,7 +64,8 @@ class Cluster:
         return sorted(running, key=lambda p: p.metadata.name)
 
     def kill_pod(self, selector: str, chosen: random.Random, grace: int = 0) -> str:
-        name = str(chosen.choice(self.pods(selector)).metadata.name)
+        """The pod of an earlier fault may not have a successor yet: a Job waits longer after each."""
+        name = str(chosen.choice(until(lambda: self.pods(selector), 120, f"a running pod of {selector}")).metadata.name)
         self.core.delete_namespaced_pod(name, self.namespace, grace_period_seconds=grace)
         return name
 
@@ -300,7 +301,7 @@ class Part:
     """Length of the run for one try: what is stopped for a minute must not outlast it."""
     faults: tuple[Fault, ...]
     together: int = 1
-    """Tries that share a run. A lost head costs the submitter a retry, with twice the pause each time, so those do not."""
+    """Tries that share a run. A lost head or submitter costs a retry, with twice the pause each time, so of those only few do."""
 
 
 PARTS = (
@@ -309,7 +310,7 @@ PARTS = (
         Fault("training process killed", kill_training_process, True), Fault("worker out of memory, once", take_memory, True)), 5),
     Part("beside the run", 60, (
         Fault("submitter pod killed", kill_submitter, False), Fault("operator pod killed", kill_operator, False),
-        Fault("kubelet restarted", restart_kubelet, False), Fault("containerd restarted", restart_containerd, False)), 5),
+        Fault("kubelet restarted", restart_kubelet, False), Fault("containerd restarted", restart_containerd, False)), 3),
     Part("control plane", 300, (  # after etcd's minute the kubelet holds the API server back for up to two more
         Fault("API server stopped for 60 s", stop_api_server, False), Fault("etcd stopped for 60 s", stop_etcd, False))),
     Part("delivery", 120, (

@@ -13,6 +13,7 @@ from conftest import Running, Storage, make_config
 from chatbot.access.users import hash_password
 from chatbot.records.jsonl import read_lines
 from chatbot.records.keeper import preferences
+from tests.waiting import wait_for
 
 ASK = {"messages": [{"role": "user", "content": "Does vitamin D reduce infections?"}], "max_tokens": 12}
 
@@ -210,7 +211,9 @@ async def test_leaving_a_stream_frees_its_place(storage: Storage, tmp_path: Path
                 break
             await asyncio.sleep(0.02)
         assert served.tuned.batch.idle
-    assert [line["reason"] for line in read_lines(tmp_path / "records", "audit")] == ["left"]
+    # A thread writes the line, and nobody waits for it.
+    lines = wait_for(lambda: list(read_lines(tmp_path / "records", "audit")), 20, "the audit line", every=0.05)
+    assert [line["reason"] for line in lines] == ["left"]
 
 
 async def test_a_stop_and_a_lost_connection_are_in_the_audit(storage: Storage, tmp_path: Path) -> None:
@@ -234,4 +237,6 @@ async def test_a_stop_and_a_lost_connection_are_in_the_audit(storage: Storage, t
         await asyncio.gather(task, return_exceptions=True)
         assert conversation.service.current.users == 0
         assert 'chatbot_answers_total{model="tuned",reason="left"} 1.0' in (await app.client.get("/metrics")).text
-    assert [line["reason"] for line in read_lines(tmp_path / "records", "audit")] == ["left"]
+    # A thread writes the line, and nobody waits for it.
+    lines = wait_for(lambda: list(read_lines(tmp_path / "records", "audit")), 20, "the audit line", every=0.05)
+    assert [line["reason"] for line in lines] == ["left"]

@@ -1,7 +1,7 @@
 """What is measured on GPUs, in calls of at most ten minutes that fill a machine: `python benchmarks/gpu_session.py CALL`.
 
     python benchmarks/gpu_session.py                       # list the calls: machine, what each shows, commands, seconds, GPUs
-    python benchmarks/gpu_session.py 4xH100-singles --out benchmarks/results
+    python benchmarks/gpu_session.py 4xH200-lora --out benchmarks/results
 
 Rows that need only some of the machine's GPUs run beside each other, each on GPUs of its own; rows of the same GPUs, and rows that need
 all, one after another. A command is ended when its own time or the call's (`--seconds`) is up. Results are appended to

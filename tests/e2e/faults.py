@@ -307,15 +307,15 @@ class Part:
 PARTS = (
     Part("workers", 60, (
         Fault("worker pod killed", kill_worker, True), Fault("worker pod drained (SIGTERM)", drain_worker, True),
-        Fault("training process killed", kill_training_process, True), Fault("worker out of memory, once", take_memory, True)), 5),
+        Fault("training process killed", kill_training_process, True), Fault("worker out of memory, once", take_memory, True)), together=5),
     Part("beside the run", 60, (
         Fault("submitter pod killed", kill_submitter, False), Fault("operator pod killed", kill_operator, False),
-        Fault("kubelet restarted", restart_kubelet, False), Fault("containerd restarted", restart_containerd, False)), 3),
+        Fault("kubelet restarted", restart_kubelet, False), Fault("containerd restarted", restart_containerd, False)), together=3),
     Part("control plane", 300, (  # after etcd's minute the kubelet holds the API server back for up to two more
         Fault("API server stopped for 60 s", stop_api_server, False), Fault("etcd stopped for 60 s", stop_etcd, False))),
     Part("delivery", 120, (
         Fault("Argo CD down", stop_argocd, False), Fault("git down", stop_git, False),
-        Fault("registry down during a sync", stop_registry, False)), 2),
+        Fault("registry down during a sync", stop_registry, False)), together=2),
     Part("cluster", 60, (Fault("head pod killed", kill_head, True), Fault("RayCluster deleted", delete_cluster, True))),
 )
 

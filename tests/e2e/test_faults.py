@@ -1,10 +1,10 @@
 """What a run survives: faults at seeded random moments of real runs on the local cluster (`make chaos`, TRIES=10).
 
 A run takes the faults of one part of the table one after the other, each a few steps after the run has got over the one before, in an
-order that each try draws anew; up to five tries share a run. Every step's loss must be that of the undisturbed
-run, bit for bit, after each fault and at the end; and no fault may cost more than one checkpoint interval. The model is a small random
-Llama (a step takes about a second), so that what is measured is the machinery: the runs' only difference is the licence's text, which
-changes the hash and nothing of the result.
+order that each try draws anew; up to five tries share a run. Every step's loss must be that of the undisturbed run, bit for bit, after
+each fault and at the end; and no fault may cost more than one checkpoint interval. The model is a small random Llama (a step takes about
+a second), so that what is measured is the machinery: the runs' only difference is the licence's text, which changes the hash and nothing
+of the result.
 """
 
 from __future__ import annotations

@@ -5,15 +5,9 @@ from __future__ import annotations
 import argparse
 import importlib
 import shlex
-import sys
-from pathlib import Path
 
+import gpu_session
 import pytest
-
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))  # the scripts import each other by name
-
-import gpu_session  # noqa: E402
 
 ROWS = [(call, row) for call, rows in gpu_session.CALLS.items() for row in rows]
 

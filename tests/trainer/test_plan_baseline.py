@@ -8,12 +8,13 @@ Those are bare loops, and the constants were fitted to them. The runs of the pro
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import table
+import train
 import yaml
 
 from trainer import config
@@ -24,12 +25,6 @@ from trainer.plan.memory import memory_of
 from trainer.plan.network import traffic_of
 from trainer.plan.speed import step_time
 from trainer.plan.workload import Workload
-
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))  # the scripts import each other by name
-
-import table  # noqa: E402
-import train  # noqa: E402
 
 LLAMA = KNOWN["Llama-2-7b"]
 BASE = Workload(model=LLAMA, method="full", trained=LLAMA.parameters, engine="fsdp", stage=3, offload="none", shards=4, replicas=1,
@@ -123,7 +118,7 @@ def test_no_bias() -> None:
     assert abs(sum(memory) / len(memory)) < 0.05
 
 
-PRODUCT = [(machine, result) for machine, result in table.on_gpus()]
+PRODUCT = list(table.on_gpus())
 FURTHER = {("70b", "qlora"): 0.25}
 """Cases that the plan is further from than 8%; docs/large-models.md tells of them."""
 

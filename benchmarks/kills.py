@@ -32,8 +32,8 @@ from record import record
 from runs import Nodes, Run
 from train import CONTEXT, MODELS, VOCABULARY, versions
 
-ELASTIC_STEPS = 25
-"""Steps that each number of workers does at least."""
+ELASTIC_STEPS = 10
+"""Steps that each number of workers does at least: they are told of by tens."""
 
 
 def configuration(options: argparse.Namespace, storage: Path, steps: int) -> dict[str, Any]:
@@ -46,7 +46,8 @@ def configuration(options: argparse.Namespace, storage: Path, steps: int) -> dic
                     "train": {"epochs": 1, "max_steps": steps, "tokens_per_step": options.tokens * workers,
                               "micro_batch_tokens": options.tokens, "learning_rate": 3e-4, "schedule": "constant",
                               "warmup_share": 0.0, "eval_every": 10**6, "eval_rows": 8},
-                    "engine": {"kind": options.engine}, "checkpoint": {"every_steps": options.every, "keep_best": 0}},
+                    "engine": {"kind": options.engine, "compile": not options.eager},
+                    "checkpoint": {"every_steps": options.every, "keep_best": 0}},
             "resources": {"workers": workers, "min_workers": workers - 1 if options.elastic else 0, "gpus_per_worker": 1 if gpu else 0,
                           "cpus_per_worker": 1, "max_failures": options.kills + 5, "balance": "equal"}}
 
@@ -101,9 +102,11 @@ def elastic(options: argparse.Namespace, run: Run, nodes: Nodes) -> dict[str, An
     controllers = {a["Address"]["NodeID"] for a in actors().values() if "TrainController" in a["ActorClassName"]}
     lost = next(n for n in nodes.nodes if n.node_id not in controllers)
     before, when = run.lines()[-1]["step"], time.time()
+    print(f"A node is lost after step {before}.", file=sys.stderr, flush=True)
     nodes.cluster.remove_node(lost, allow_graceful=False)
     fewer = wait(run, options.timeout, "one worker fewer", lambda: steps_by(workers - 1))[0]
     back_at = time.time()
+    print(f"The node is back after step {run.lines()[-1]['step']}.", file=sys.stderr, flush=True)
     nodes.add(nodes.nodes.index(lost))
     more = wait(run, options.timeout, "all workers again", lambda: steps_by(workers))[0]
     begun = {line["step"]: line["time"] for line in run.lines()}
@@ -172,6 +175,7 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--gpus", type=int, default=0, help="workers on GPUs (0: two on the CPU)")
     parser.add_argument("--model", choices=MODELS, default="tiny")
     parser.add_argument("--engine", choices=("fsdp", "deepspeed"), default="fsdp")
+    parser.add_argument("--eager", action="store_true", help="without torch.compile, whose minutes say nothing of what is measured here")
     parser.add_argument("--tokens", type=int, default=512, help="tokens of a worker and step")
     parser.add_argument("--every", type=int, default=5, help="steps between checkpoints")
     parser.add_argument("--seed", type=int, default=1)

@@ -61,16 +61,37 @@ def settings(case: dict[str, Any]) -> dict[str, str]:
     return dict(one.split("=", 1) for one in case["set"])
 
 
+SPEED = ("| GPUs | model and method | tokens/s a GPU | MFU (of the bf16 peak) | first step after |", "|---|---|---|---|---|")
+
+
+def speed_of(machine: str, result: dict[str, Any], what: str) -> str:
+    """A row of a table of training speed."""
+    return (f"| {machine} | {NAMES[result['case']['model']]}, {what} | {result['tokens_per_second_per_worker']:,.0f} | "
+            f"{result['mfu']:.1%} | {result['first_step_seconds_after_start']:.0f} s |")
+
+
+def fastest() -> Iterator[str]:
+    """Rows of the short table of training speed: the fastest result of each machine, model, method and precision."""
+    yield from SPEED
+    best: dict[tuple[str, ...], dict[str, Any]] = {}
+    for machine, result in on_gpus():
+        case = result["case"]
+        key = (machine, case["model"], case["method"], "" if case["float8"] == "none" else "FP8")
+        best[key] = max(best.get(key, result), result, key=lambda d: d["tokens_per_second_per_worker"])
+    models = list(NAMES)
+    for key in sorted(best, key=lambda k: (models.index(k[1]), k[2:], k[0])):
+        machine, _, method, precision = key
+        yield speed_of(machine, best[key], f"{METHODS[method]}, {precision or 'bf16'}")
+
+
 def speed() -> Iterator[str]:
-    """Rows of the table of training speed."""
-    yield "| GPUs | model and method | tokens/s a GPU | MFU (of the bf16 peak) | first step after |"
-    yield "|---|---|---|---|---|"
+    """Rows of the whole table of training speed: the newest result of each case."""
+    yield from SPEED
     newest: dict[tuple[str, str, str], str] = {}
     for machine, result in on_gpus():
         beside = ", beside runs on the host's other GPUs" if result.get("beside") else ""
         key = (machine, result["case"]["model"], describe(result["case"]) + beside)
-        newest[key] = (f"| {machine} | {NAMES[key[1]]}, {key[2]} | {result['tokens_per_second_per_worker']:,.0f} | "
-                       f"{result['mfu']:.1%} | {result['first_step_seconds_after_start']:.0f} s |")
+        newest[key] = speed_of(machine, result, key[2])
     yield from newest.values()
 
 
@@ -292,7 +313,8 @@ def unequal() -> Iterator[str]:
     for (gpus, nodes, value, step), d in newest.items():
         if "balanced_of_sum" in d:
             slow = f"{nodes} shard groups, the last" if nodes > 1 else "one"
-            where = f"{gpus} GPUs, {slow} slowed {value:g} times" if gpus else f"two on the CPU, one held to {value:.0%} of its core"
+            where = (f"{gpus} GPUs, {slow} slowed {d['slowdown_measured']:.2f} times" if gpus else
+                     f"two on the CPU, one held to {value:.0%} of its core")
             equal, difference = (f"{d['equal_of_sum']:.1%}", f"{d['loss_difference']['balanced_to_equal']:.1e}") \
                 if "equal_of_sum" in d else ("time was up", "–")
             yield f"| {where}, steps of {step:,} tokens | {equal} | {d['balanced_of_sum']:.1%} | {difference} |"
@@ -334,8 +356,9 @@ def answers() -> Iterator[str]:
 
 
 TABLES: dict[str, dict[str, Callable[[], Iterator[str]]]] = {
-    "README.md": {"": lambda: chain(speed(), scaling(), saves(), beside_the_steps(), float8(), peers(), lifecycles(), preparation(),
-                                    starts())},
+    "README.md": {"": lambda: chain(fastest(), peers(), scaling(), starts())},
+    "docs/speed.md": {"": speed, "beside": lambda: chain(saves(), beside_the_steps()), "float8": float8, "lifecycles": lifecycles,
+                      "preparation": preparation},
     "docs/reliability.md": {"": faults, "kills": kills, "nodes": nodes},
     "docs/mixed-gpus.md": {"unequal": unequal},
     "docs/network.md": {"network": network},

@@ -13,6 +13,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -146,13 +147,17 @@ def kill_pod(chatbot: Chatbot, chosen: random.Random) -> None:
 
 
 def take_memory(chatbot: Chatbot, chosen: random.Random) -> None:
-    """Its limit is lowered to what it holds, and it is asked until the kernel ends it."""
+    """Its limit is lowered to what it holds, and it is asked until the kernel ends it: several long questions at once, as it may hold
+    what one needs already."""
     pid = chatbot.process()
-    with less_memory(pid, 1 << 20):
+
+    def ask(times: int) -> None:
+        with contextlib.suppress(httpx.HTTPError):
+            httpx.post(f"{chatbot.url}/ask", json={"question": "Does aspirin prevent heart attacks? " * times, "max_tokens": 64}, timeout=5)
+
+    with less_memory(pid, 1 << 20), ThreadPoolExecutor(4) as people:
         def ended() -> bool:
-            with contextlib.suppress(httpx.HTTPError):
-                long = {"question": "Does aspirin prevent heart attacks? " * 20, "max_tokens": 64}
-                httpx.post(f"{chatbot.url}/ask", json=long, timeout=5)
+            list(people.map(ask, (20, 50, 80, 110)))
             return not Path(f"/proc/{pid}").exists()
         until(ended, 120, "the end of the chatbot's process")
 

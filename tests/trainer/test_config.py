@@ -54,7 +54,7 @@ def document(changes: dict[str, Any]) -> dict[str, Any]:
     ({"run.method.targets": []}, "run.method.targets"), ({"run.method": [1]}, "run.method"),
     ({"run.engine.kind": "deepspeed", "run.engine.shard_group": "node"}, "run.engine.shard_group"),
     ({"run.engine.kind": "deepspeed", "run.engine.float8": "rowwise"}, "run.engine.float8"),
-    ({"run.engine.zero_stage": 1}, "run.engine.zero_stage"), ({"run.engine.zero_stage": "3"}, "run.engine.zero_stage"),
+    ({"run.engine.zero_stage": 1, "run.engine.offload": "cpu"}, "run.engine.zero_stage"), ({"run.engine.zero_stage": "3"}, "run.engine.zero_stage"),
     ({"run.engine.offload": "nvme"}, "run.engine.offload"),
     ({"run.method.kind": "lora", "run.engine.offload": "cpu"}, "run.engine.offload"),
     ({"run.method.kind": "qlora", "run.engine.kind": "deepspeed"}, "run.engine.kind"),

@@ -129,7 +129,8 @@ def memory_of(load: Workload, gpu_memory: int = 0) -> Memory:
                    logits=int(max(chunk * m.vocabulary * LOGIT_BYTES, sent * m.embedding) + head),
                    buffers=int(layers + stay + (one - kept) + buckets), reserve=reserve)
     end = Memory(weights=int(weights), gradients=int(gradients), optimizer=int(optimizer), activations=int(one), logits=0,
-                 buffers=int(layers + (stay if load.micro_batches > 1 else 0) + sent * max(m.layer_parameters, m.embedding) + buckets + load.tokens * m.hidden * c), reserve=reserve,
+                 buffers=int(layers + (stay if load.micro_batches > 1 else 0) + sent * max(m.layer_parameters, m.embedding) + buckets
+                             + load.tokens * m.hidden * c), reserve=reserve,
                  moment="end of the backward pass")
     return max(start, end, key=lambda memory: memory.total)
 

@@ -31,6 +31,8 @@ MIXED = {"workers": 16, "node_workers": 4, "groups": [{"name": "a100", "gpu": "A
 SHARDINGS: dict[str, dict[str, Any]] = {
     "FSDP, flat, stage 3": {"engine": {"shard_group": "world"}},
     "FSDP, flat, stage 2": {"engine": {"shard_group": "world", "zero_stage": 2}},
+    "FSDP, flat, stage 1": {"engine": {"shard_group": "world", "zero_stage": 1}},
+    "FSDP, flat, stage 1, bf16 reduction": {"engine": {"shard_group": "world", "zero_stage": 1, "reduce_dtype": "bfloat16"}},
     "DeepSpeed ZeRO-3, flat": {"engine": {"kind": "deepspeed"}},
     "DeepSpeed ZeRO-1": {"engine": {"kind": "deepspeed", "zero_stage": 1}},
     "FSDP, hybrid": {"engine": {"shard_group": "node"}},

@@ -43,7 +43,8 @@ def describe(case: dict[str, Any]) -> str:
     words.append("bf16" if case["float8"] == "none" else f"FP8 ({case['float8']})")
     if case["engine"] == "deepspeed":
         words.append("DeepSpeed ZeRO-3")
-    words += ["weights kept between micro-batches" for s in case["set"] if s == "engine.zero_stage=2"]
+    kept = {"engine.zero_stage=2": "weights kept gathered", "engine.zero_stage=1": "weights and gradients kept whole"}
+    words += [kept[s] for s in case["set"] if s in kept]
     words += ["rows without context"] if case["rows"] == "qa" else []
     words += [f"{case['accumulate']} x {case['micro']:,} tokens a step"] if case["accumulate"] > 1 else []
     return ", ".join(words)

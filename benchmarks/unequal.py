@@ -151,7 +151,7 @@ def configuration(options: argparse.Namespace, storage: Path, workers: int, bala
                 "data": {"path": "made.jsonl", "max_tokens": CONTEXT},
                 "train": {"epochs": 1, "tokens_per_step": options.tokens * options.accumulate, "micro_batch_tokens": options.tokens,
                           "schedule": "constant", "learning_rate": 1e-5 if gpu else 1e-3, "eval_every": 10**6, "eval_rows": 8},
-                "engine": {"kind": "fsdp", "reduce_dtype": "bfloat16" if gpu else "float32", "zero_stage": 3 if gpu else 2,
+                "engine": {"kind": "fsdp", "reduce_dtype": "bfloat16" if gpu else "float32", "zero_stage": 3 if gpu else 1,
                            "shard_group": "node" if options.nodes > 1 else "world"},
                 "checkpoint": {"every_minutes": 10**6}},
         "resources": {"workers": workers, "gpus_per_worker": 1 if gpu else 0, "cpus_per_worker": 1, "max_failures": 0, "balance": balance}}

@@ -245,7 +245,8 @@ class EngineConfig:
     kind: Literal["fsdp", "deepspeed"] = "fsdp"
     """PyTorch FSDP2 or DeepSpeed ZeRO; docs/decisions/engines.md says which was measured faster for which case."""
     zero_stage: Literal[1, 2, 3] = 3
-    """What is sharded: optimizer (1), and gradients (2), and weights (3). FSDP takes 2 (weights stay gathered after forward) or 3."""
+    """What is sharded: optimizer (1), and gradients (2), and weights (3). With FSDP weights are gathered once a step below 3, and with 1
+    gradients are summed on each worker and reduced once a step too, whatever the number of micro-batches."""
     offload: Literal["none", "cpu", "nvme"] = "none"
     """Where optimizer state and master weights live; `nvme` needs resources.scratch."""
     shard_group: Literal["auto", "world", "node"] = "auto"
@@ -267,8 +268,8 @@ class EngineConfig:
         check(self.kind == "fsdp" or self.shard_group != "node", "run.engine.shard_group", self.shard_group,
               "DeepSpeed shards over the world here; use run.engine.kind: fsdp for hybrid sharding.")
         check(self.kind == "fsdp" or self.float8 == "none", "run.engine.float8", self.float8, "FP8 needs run.engine.kind: fsdp.")
-        check(self.kind == "deepspeed" or self.zero_stage != 1, "run.engine.zero_stage", self.zero_stage,
-              "FSDP shards as stage 2 or 3 does; stage 1 needs run.engine.kind: deepspeed.")
+        check(self.kind == "deepspeed" or self.zero_stage != 1 or self.offload == "none", "run.engine.zero_stage", self.zero_stage,
+              "With run.engine.offload FSDP shards as stage 2 or 3 does: whole gradients would take the memory that offloading spares.")
         check(self.kind == "deepspeed" or self.offload != "nvme", "run.engine.offload", self.offload,
               "FSDP offloads to the CPU only; use run.engine.kind: deepspeed for NVMe.")
 

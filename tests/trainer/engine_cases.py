@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -138,6 +139,18 @@ def uneven(rank: int, world: int, data: str, micro: list[int], **config: Any) ->
         if engine.lockstep_group != rank:
             raise RuntimeError("the engine wants equal numbers of micro-batches")
         return train(engine, TokenShards(Path(data), "train"), 0, STEPS, micro[rank])
+
+
+def collectives(rank: int, world: int, data: str, micro: int, **config: Any) -> dict[str, int]:
+    """How often the forward and backward passes of a step of `micro` micro-batches gather weights and reduce gradients."""
+    with engine_of(rank, world, **config) as engine:
+        shards = TokenShards(Path(data), "train")
+        train(engine, shards, 0, 1, micro)  # what only the first step does
+        with contextlib.ExitStack() as watched:
+            seen = {name: watched.enter_context(mock.patch.object(torch.distributed, name, wraps=getattr(torch.distributed, name)))
+                    for name in ("all_gather_into_tensor", "reduce_scatter_tensor")}
+            engine.forward_backward(*batches_of(shards, 1, rank, world, micro))
+            return {name: collective.call_count for name, collective in seen.items()}
 
 
 def sharded_adapters(rank: int, world: int, data: str, **config: Any) -> list[tuple[float, float]]:

@@ -26,6 +26,9 @@ def two(ranks: Ranks, toy_rows: Path) -> list[dict[str, Any]]:
     calls: dict[str, Any] = {f"evaluate-{name}": ("evaluations", {**data, **engine}) for name, engine in ENGINES.items()}
     calls["evaluate-lora"] = ("evaluations", {**data, "method": "lora"})
     calls["uneven"] = ("uneven", {**data, "method": "lora", "micro": [1, 3]})
+    calls["uneven-fsdp1"] = ("uneven", {**data, **ENGINES["fsdp1"], "micro": [1, 3]})
+    for stage in (1, 2, 3):
+        calls |= {f"collectives-{stage}-{micro}": ("collectives", {**data, "stage": stage, "micro": micro}) for micro in (1, 3)}
     calls["sharded-adapters"] = ("sharded_adapters", {**data, "method": "lora"})
     calls["hybrid"] = ("hybrid", {**data, "node": 1})
     calls["hybrid-uneven"] = ("hybrid", {**data, "node": 1, "micro": [1, 3]})
@@ -55,6 +58,23 @@ def test_evaluation_is_the_training_loss_and_changes_nothing(engine: str, two: l
 def test_adapters(name: str, two: list[dict[str, Any]]) -> None:
     """Ranks may hold other numbers of micro-batches; frozen weights may be sharded."""
     assert flat(two[0][name]) == pytest.approx(flat(golden("lora")), rel=TOLERANCE)
+
+
+def test_ranks_that_reduce_once_a_step_may_hold_other_numbers_of_micro_batches(two: list[dict[str, Any]]) -> None:
+    assert flat(two[0]["uneven-fsdp1"]) == pytest.approx(flat(golden("full")), rel=TOLERANCE)
+
+
+def test_what_a_step_of_several_micro_batches_repeats(two: list[dict[str, Any]]) -> None:
+    """Stage 3 gathers and reduces for each, stage 2 gathers once, stage 1 does both once."""
+    def counts(stage: int, micro: int) -> tuple[int, int]:
+        seen = two[0][f"collectives-{stage}-{micro}"]
+        return seen["all_gather_into_tensor"], seen["reduce_scatter_tensor"]
+
+    gathers, groups = counts(3, 1)
+    assert groups >= 4 and gathers > groups  # two layers, embedding and head; the layers are gathered twice
+    assert counts(3, 3) == (3 * gathers + 1, 3 * groups)  # and one in vain (trainer/engines/fsdp.py)
+    assert counts(2, 1) == (groups, groups) and counts(2, 3) == (groups + 1, 3 * groups)
+    assert counts(1, 1) == counts(1, 3) == (groups, groups)
 
 
 @pytest.mark.parametrize("name", ["hybrid", "hybrid-uneven"])

@@ -17,8 +17,9 @@ from tests.trainer.ranks import Ranks
 
 pytestmark = pytest.mark.timeout(900)  # many runs in one world: the first test of a module waits for all
 TOLERANCE = 5e-5
-ENGINES = {"fsdp3": {"engine": "fsdp", "stage": 3}, "fsdp2": {"engine": "fsdp", "stage": 2}, "zero1": {"engine": "deepspeed", "stage": 1},
-           "zero2": {"engine": "deepspeed", "stage": 2}, "zero3": {"engine": "deepspeed", "stage": 3}}
+ENGINES = {"fsdp3": {"engine": "fsdp", "stage": 3}, "fsdp2": {"engine": "fsdp", "stage": 2}, "fsdp1": {"engine": "fsdp", "stage": 1},
+           "zero1": {"engine": "deepspeed", "stage": 1}, "zero2": {"engine": "deepspeed", "stage": 2},
+           "zero3": {"engine": "deepspeed", "stage": 3}}
 RUNS = [(case, engine) for case in ("full", "lora") for engine in ENGINES] + [
     ("full-tied", "fsdp3"), ("full-tied", "zero2"), ("full-tied", "zero3"), ("lora-new-tokens", "fsdp3"), ("lora-new-tokens", "zero3")]
 

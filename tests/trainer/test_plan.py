@@ -138,7 +138,9 @@ def test_traffic_by_hand() -> None:
         return traffic_of(load, nodes=4).wire(2)
 
     assert wire() == pytest.approx(2 * (2 * 2 + 4) * n * 15 / 16)
-    assert wire(engine={"zero_stage": 2}) == pytest.approx(2 * (2 + 4) * n * 15 / 16)
+    assert wire(engine={"zero_stage": 2}) == pytest.approx((2 + 2 * 4) * n * 15 / 16)
+    assert wire(engine={"zero_stage": 1}) == pytest.approx((2 + 4) * n * 15 / 16)
+    assert wire(engine={"zero_stage": 1, "shard_group": "node"}) == pytest.approx(2 * 4 * n * 3 / 4)
     assert wire(engine={"shard_group": "node"}) == pytest.approx(2 * 4 * n * 3 / 4)
     assert wire(engine={"shard_group": "node", "reduce_dtype": "bfloat16"}) == pytest.approx(2 * 2 * n * 3 / 4)
     assert wire(engine={"kind": "deepspeed"}) == pytest.approx(2 * (2 * 2 + 4) * n * 15 / 16)

@@ -1,5 +1,9 @@
 """PyTorch FSDP2: float32 weights, gradients and optimizer state in row shards; bfloat16 weights are gathered layer by layer.
 
+run.engine.zero_stage decides what a step of several micro-batches repeats. 3: weights are gathered for each forward and each backward
+pass, gradients reduced after each micro-batch. 2: the gathered weights stay from the first forward to the last backward pass. 1:
+gradients too, summed whole on each rank, are reduced once, after the last micro-batch; ranks may then hold different numbers of them.
+
 Hybrid sharding (run.engine.shard_group: node) shards inside a node and replicates across nodes: gathers stay inside, and the
 gradients cross the slow network once a step, after the last micro-batch, already reduced inside.
 """
@@ -57,6 +61,7 @@ class FsdpEngine(TorchEngine):
         self._offload = config.run.engine.offload == "cpu" and device.type == "cuda"
         self.mesh = make_mesh(config, device, world)
         self._hybrid = self.mesh.ndim == 2
+        self._stage = config.run.engine.zero_stage
         full = config.run.method.kind == "full"
         # Trained weights are float32 shards. Adapters come beside frozen weights of the computing type, which FSDP gathers as they are.
         self._build(torch.float32 if full else self.dtype, self._shard, checkpointing)
@@ -73,9 +78,9 @@ class FsdpEngine(TorchEngine):
             if parameter.requires_grad and parameter.dtype != torch.float32:
                 parameter.data = parameter.data.float()  # the masters of adapters
         for layer in decoder_layers(model):
-            fully_shard(layer, reshard_after_forward=engine.zero_stage == 3, **options)
+            fully_shard(layer, reshard_after_forward=self._stage == 3, **options)
         if model.lm_head.weight is not model.model.embed_tokens.weight:
-            fully_shard(model.model.embed_tokens, **options)
+            fully_shard(model.model.embed_tokens, reshard_after_forward=self._stage == 3, **options)
             fully_shard([model.model.norm, model.lm_head], reshard_after_forward=False, **options)
         fully_shard(model, **options)  # a tied embedding stays with the root: one gather serves both of its uses
 
@@ -84,13 +89,22 @@ class FsdpEngine(TorchEngine):
 
     @property
     def lockstep_group(self) -> int:
-        """All ranks, or with hybrid sharding those of a node."""
+        """All ranks, or with hybrid sharding those of a node. With stage 1 nothing is exchanged between two micro-batches."""
+        if self._stage == 1:
+            return self.rank
         return self.mesh.get_local_rank("replicate") if self._hybrid else 0
 
     def forward_backward(self, batches: Sequence[PackedBatch], loss_tokens: int) -> torch.Tensor:
         model: FSDPModule = self.model  # type: ignore[assignment]
 
         def before(last: bool) -> None:
+            if self._stage < 3:
+                model.set_reshard_after_backward(last)
+            if self._stage == 1:
+                model.set_requires_gradient_sync(last)
+                return
+            # FSDP then leaves the last reductions to run beside the next forward pass. It also fetches one group too many, in the last
+            # backward pass: where ranks hold other numbers of micro-batches, above, that would be a collective too many.
             model.set_is_last_backward(last)
             if self._hybrid:
                 model.set_requires_all_reduce(last)

@@ -96,7 +96,9 @@ def state_bytes(load: Workload) -> tuple[float, float, float]:
     if load.engine == "replicated":
         return frozen + (c + master) * n, g * n, 8 * n
     if load.engine == "fsdp":
-        return (0, 0, 0) if load.offload == "cpu" else (4 * n / s, g * n / s, 8 * n / s)
+        # Stage 1 sums whole gradients in the type in which they are sent; their reduced shards take the place of what was sent.
+        summed = max(load.reduce_bytes * n, g * n / s) if load.stage == 1 and load.micro_batches > 1 else g * n / s
+        return (0, 0, 0) if load.offload == "cpu" else (4 * n / s, summed, 8 * n / s)
     # ZeRO keeps bf16 weights and float32 masters; stage 1 accumulates whole gradients in float32, beside those of the computing type.
     weights = (frozen + c * n) / (s if load.stage == 3 else 1)
     gradients = g * n / s if load.stage > 1 else (g + c) * n
@@ -114,7 +116,7 @@ def memory_of(load: Workload, gpu_memory: int = 0) -> Memory:
     layers = 2 * c * m.layer_parameters if gathers else 0  # the layer at work and the one that is fetched ahead
     if load.method == "qlora":
         layers = 2 * c * max(i * o for i, o in m.linears.values())  # a dequantised weight, and the next
-    stay = c * m.parameters if load.engine == "fsdp" and load.stage == 2 else 0
+    stay = c * m.parameters if load.engine == "fsdp" and load.stage < 3 else 0
     bucketed = load.engine == "deepspeed" and load.shards > 1 and not load.adapters
     buckets = ZERO_BUCKETS * min(ZERO_BUCKET, m.parameters) * c if bucketed else 0
     # Gradients on their way: as computed, and as sent. The embedding's come last, the head's first.
@@ -127,7 +129,8 @@ def memory_of(load: Workload, gpu_memory: int = 0) -> Memory:
                    logits=int(max(chunk * m.vocabulary * LOGIT_BYTES, sent * m.embedding) + head),
                    buffers=int(layers + stay + (one - kept) + buckets), reserve=reserve)
     end = Memory(weights=int(weights), gradients=int(gradients), optimizer=int(optimizer), activations=int(one), logits=0,
-                 buffers=int(layers + sent * max(m.layer_parameters, m.embedding) + buckets + load.tokens * m.hidden * c), reserve=reserve,
+                 buffers=int(layers + (stay if load.micro_batches > 1 else 0) + sent * max(m.layer_parameters, m.embedding) + buckets
+                             + load.tokens * m.hidden * c), reserve=reserve,
                  moment="end of the backward pass")
     return max(start, end, key=lambda memory: memory.total)
 

@@ -7,9 +7,8 @@ sends one ring a worker of the node, each with that worker's share.
 Between nodes, per optimizer step with M micro-batches and P parameters (weights in c bytes, gradients in r bytes):
 
     flat, stage 3 (weights dropped after use)      M x (2 c P + r P)        FSDP and ZeRO-3 reduce each micro-batch
-    flat, stage 2, FSDP (weights kept to backward) M x (c P + r P)
-    ZeRO-1                                         c P + r P                gradients are kept whole until the last micro-batch
-    ZeRO-2                                         c P + M x r P
+    flat, stage 2 (weights gathered once)          c P + M x r P
+    flat, stage 1                                  c P + r P                gradients are kept whole until the last micro-batch
     hybrid (sharded inside nodes)                  2 r P                    once a step, whatever M
     adapters                                       2 r P_adapters           once a step
 """
@@ -53,15 +52,12 @@ def traffic_of(load: Workload, nodes: int) -> Traffic:
     if load.engine == "replicated" or (load.adapters and load.stage < 3):
         moved = 2 * r * load.trained * ring
         return Traffic(0, moved, 0, moved if nodes > 1 else 0, 0, 1, world)
-    gathers = 1 if load.stage == 2 else 2
-    if load.engine == "deepspeed" and load.stage < 3:
-        reduce = r * p * ring
-        micro, step = (reduce, c * p * ring) if load.stage == 2 else (0, reduce + c * p * ring)
-        return Traffic(micro, step, micro if nodes > 1 else 0, step if nodes > 1 else 0, pieces if micro else 0, 2 * pieces, world)
     inside = (load.shards - 1) / load.shards
     reduced = 0 if load.adapters else r * p
+    repeated = {1: 0, 2: reduced, 3: 2 * c * p + reduced}[load.stage] * inside
+    once = {1: c * p + reduced, 2: c * p, 3: 0}[load.stage] * inside
     if load.replicas == 1:
-        moved = (gathers * c * p + reduced) * ring
-        return Traffic(moved, 0, moved if nodes > 1 else 0, 0, (gathers + 1) * pieces, 0, world)
+        collectives = {1: (0, 2 * pieces), 2: (pieces, pieces), 3: (3 * pieces, 0)}[load.stage]
+        return Traffic(repeated, once, repeated if nodes > 1 else 0, once if nodes > 1 else 0, *collectives, world)
     between = 2 * (load.replicas - 1) / load.replicas * r * p
-    return Traffic((gathers * c * p + reduced) * inside, 0, 0, between, 0, pieces, load.replicas)
+    return Traffic(repeated, once, 0, between, 0, pieces, load.replicas)

@@ -421,7 +421,7 @@ def _advice(config: Config, result: Plan, facts: DatasetFacts | None) -> list[st
     if result.tokens_per_second and result.fits:
         options: list[tuple[str, dict[str, dict[str, Any]]]] = [
             ("run.engine.shard_group: node", {"engine": {"shard_group": "node"}}),
-            ("run.engine.zero_stage: 2", {"engine": {"zero_stage": 2}}),
+            *((f"run.engine.zero_stage: {stage}", {"engine": {"zero_stage": stage}}) for stage in (2, 1)),
             ("run.engine.checkpointing: auto", {"engine": {"checkpointing": "auto"}})]
         sharding = ("run.engine.shard_group", "run.engine.zero_stage")
         for label, parts in options:

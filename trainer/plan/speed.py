@@ -25,8 +25,8 @@ ADAPTER_PASSES = 6.5
 """More of them with adapters: low-rank products are bound by memory."""
 STREAM = 0.65
 """Share of the memory bandwidth that copies and the optimizer reach."""
-CAST_BYTES = 25
-"""Bytes a parameter and micro-batch to cast and copy sharded weights (forward, backward) and gradients; 16 if gathered once."""
+GATHER_BYTES, REDUCE_BYTES = 9, 7
+"""Bytes a parameter to cast and copy sharded weights when they are gathered, and gradients when they are reduced."""
 ACCUMULATE_BYTES = {4: 10, 2: 6}
 """Bytes a parameter and micro-batch to add whole gradients up, by the bytes of the sum's numbers (weights whole on the worker)."""
 ADAM_BYTES = 28
@@ -113,7 +113,11 @@ def step_time(load: Workload, gpu: Gpu, traffic: Traffic, network_gbps: float, n
     compute = load.tokens * token_seconds(load, gpu)
     copies = 0.0
     if load.engine != "replicated" and not load.adapters:
-        copies = (16 if load.engine == "fsdp" and load.stage == 2 else CAST_BYTES) * n / bandwidth
+        copies = (2 * GATHER_BYTES + REDUCE_BYTES) * n / bandwidth
+        if load.engine == "fsdp" and load.stage < 3:  # gathered, and with stage 1 reduced, once a step: here in equal parts
+            summed = ACCUMULATE_BYTES[load.reduce_bytes] if load.stage == 1 and load.micro_batches > 1 else 0
+            once = GATHER_BYTES + (REDUCE_BYTES if load.stage == 1 else 0)
+            copies = (summed + (0 if load.stage == 1 else REDUCE_BYTES) + once / load.micro_batches) * n / bandwidth
     elif not load.adapters:
         copies = ACCUMULATE_BYTES[load.gradient_bytes] * n / bandwidth
     if load.method == "qlora":

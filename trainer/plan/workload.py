@@ -83,7 +83,7 @@ class Workload:
     engine: Literal["fsdp", "replicated", "deepspeed"]
     """The engine; `replicated`: weights whole on each worker (trainer/engines/choose.py)."""
     stage: int
-    """ZeRO stage (FSDP: 2 keeps the weights gathered from forward to backward)."""
+    """ZeRO stage: 3 gathers weights twice a micro-batch, 2 once a step, 1 reduces gradients once a step too."""
     offload: Literal["none", "cpu", "nvme"]
     """Where optimizer state and master weights live."""
     shards: int

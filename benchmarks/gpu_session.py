@@ -61,7 +61,7 @@ SCALING = [replace(LORA_ON_ONE, gpus="0"), replace(QLORA_ON_ONE, gpus="1"), LORA
 UNEQUAL = Row("unequal.py --gpus 2 --model 1b --slowdown 1.75 --steps 20", 400, "one GPU of two slowed: 95 % of the sum", file="unequal")
 UNEQUAL_GROUPS = Row("unequal.py --gpus 4 --nodes 2 --model 1b --slowdown 1.75 --steps 20", 480,
                      "2 + 2 in hybrid shard groups: 95 % of the sum", file="unequal")
-KILLS = Row("kills.py --gpus 2 --model 1b --tokens 8192 --kills 1 --every 10 --elastic --eager", 400,
+KILLS = Row("kills.py --gpus 2 --model 1b --tokens 8192 --kills 1 --every 10 --elastic --eager", 470,
             "a worker killed (next step after 32 and 47 s), a node lost (the run waits a minute for another) and come again: the same rows",
             file="kills")
 WIDE_QA = Row(f"{WIDE_7B} --accumulate 2 --rows qa --workers 2", 170,

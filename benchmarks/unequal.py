@@ -260,22 +260,28 @@ def told(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def on_cpu(options: argparse.Namespace, share: float) -> dict[str, Any]:
     """All kinds of runs in turns, as often as asked and as the time allows."""
     deadline = time.monotonic() + options.timeout
-    kinds: dict[str, list[dict[str, Any]]] = {"fast": [], "slow": [], "equal": [], "balanced": []}
+    kinds: dict[str, list[dict[str, Any]]] = {"fast": [], "slow": [], "balanced": [], "equal": []}
     loads = []
     for _ in range(options.repeats):
         loads.append([round(load, 2) for load in os.getloadavg()])
-        fast, slow = alone(options, share, deadline)
-        equal, balanced = (together(options, balance, share, deadline) for balance in ("equal", "speed"))
-        for kind, result in zip(kinds.values(), (fast, slow, equal, balanced), strict=True):
-            kind.append(result)
+        for kind, result in zip(("fast", "slow"), alone(options, share, deadline), strict=True):
+            kinds[kind].append(result)
+        kinds["balanced"].append(together(options, "speed", share, deadline))
+        try:  # the ratio does not need it
+            kinds["equal"].append(together(options, "equal", share, deadline))
+        except SystemExit as error:
+            print(f"equal: {error}", file=sys.stderr, flush=True)
+            break
+    kinds = {name: found for name, found in kinds.items() if found}
     # Of each turn, then the median of the turns: what changes on the machine between turns is in both sides of a ratio.
     ratios = {name: [r["tokens_per_second"] / (f["tokens_per_second"] + s["tokens_per_second"])
-                     for r, f, s in zip(kinds[name], kinds["fast"], kinds["slow"], strict=True)] for name in ("balanced", "equal")}
+                     for r, f, s in zip(kinds[name], kinds["fast"], kinds["slow"], strict=False)] for name in ("balanced", "equal")
+              if name in kinds}
     return {"share": share, "tokens_per_second": {name: round(median(found), 1) for name, found in kinds.items()},
             **{f"{name}_of_sum": round(statistics.median(found), 4) for name, found in ratios.items()},
             "of_sum_by_turn": {name: [round(r, 4) for r in found] for name, found in ratios.items()},
-            "loss_difference": {"balanced_to_equal": max(map(difference, kinds["balanced"], kinds["equal"])),
-                                "balanced_to_one_worker": max(map(difference, kinds["balanced"], kinds["fast"]))},
+            "loss_difference": {f"balanced_to_{name}": max(map(difference, kinds["balanced"], kinds[kind]))
+                                for name, kind in (("equal", "equal"), ("one_worker", "fast")) if kind in kinds},
             "runs": {name: told(found) for name, found in kinds.items()}, "load_before": loads, "cores": os.cpu_count()}
 
 

@@ -26,7 +26,6 @@ def two(ranks: Ranks, toy_rows: Path) -> list[dict[str, Any]]:
     calls: dict[str, Any] = {f"evaluate-{name}": ("evaluations", {**data, **engine}) for name, engine in ENGINES.items()}
     calls["evaluate-lora"] = ("evaluations", {**data, "method": "lora"})
     calls["uneven"] = ("uneven", {**data, "method": "lora", "micro": [1, 3]})
-    calls["uneven-fsdp1"] = ("uneven", {**data, **ENGINES["fsdp1"], "micro": [1, 3]})
     for stage in (1, 2, 3):
         calls |= {f"collectives-{stage}-{micro}": ("collectives", {**data, "stage": stage, "micro": micro}) for micro in (1, 3)}
     calls["sharded-adapters"] = ("sharded_adapters", {**data, "method": "lora"})
@@ -58,10 +57,6 @@ def test_evaluation_is_the_training_loss_and_changes_nothing(engine: str, two: l
 def test_adapters(name: str, two: list[dict[str, Any]]) -> None:
     """Ranks may hold other numbers of micro-batches; frozen weights may be sharded."""
     assert flat(two[0][name]) == pytest.approx(flat(golden("lora")), rel=TOLERANCE)
-
-
-def test_ranks_that_reduce_once_a_step_may_hold_other_numbers_of_micro_batches(two: list[dict[str, Any]]) -> None:
-    assert flat(two[0]["uneven-fsdp1"]) == pytest.approx(flat(golden("full")), rel=TOLERANCE)
 
 
 def test_what_a_step_of_several_micro_batches_repeats(two: list[dict[str, Any]]) -> None:

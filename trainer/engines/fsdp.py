@@ -2,7 +2,7 @@
 
 run.engine.zero_stage decides what a step of several micro-batches repeats. 3: weights are gathered for each forward and each backward
 pass, gradients reduced after each micro-batch. 2: the gathered weights stay from the first forward to the last backward pass. 1:
-gradients too, summed whole on each rank, are reduced once, after the last micro-batch; ranks may then hold different numbers of them.
+gradients too, summed whole on each rank, are reduced once, in the last micro-batch's backward pass.
 
 Hybrid sharding (run.engine.shard_group: node) shards inside a node and replicates across nodes: gathers stay inside, and the
 gradients cross the slow network once a step, after the last micro-batch, already reduced inside.
@@ -89,9 +89,8 @@ class FsdpEngine(TorchEngine):
 
     @property
     def lockstep_group(self) -> int:
-        """All ranks, or with hybrid sharding those of a node. With stage 1 nothing is exchanged between two micro-batches."""
-        if self._stage == 1:
-            return self.rank
+        """All ranks, or with hybrid sharding those of a node: also with stage 1, where a rank of fewer micro-batches would wait in its last
+        backward pass, which reduces layer by layer, for the last one of the others, and they for its."""
         return self.mesh.get_local_rank("replicate") if self._hybrid else 0
 
     def forward_backward(self, batches: Sequence[PackedBatch], loss_tokens: int) -> torch.Tensor:
@@ -103,8 +102,8 @@ class FsdpEngine(TorchEngine):
             if self._stage == 1:
                 model.set_requires_gradient_sync(last)
                 return
-            # FSDP then leaves the last reductions to run beside the next forward pass. It also fetches one group too many, in the last
-            # backward pass: where ranks hold other numbers of micro-batches, above, that would be a collective too many.
+            # FSDP then leaves the last reductions to run beside the next forward pass (and gathers one group in vain in the last
+            # backward pass, which is worth it only where there are such reductions).
             model.set_is_last_backward(last)
             if self._hybrid:
                 model.set_requires_all_reduce(last)

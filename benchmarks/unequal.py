@@ -341,6 +341,7 @@ def main() -> None:
     options = command_line().parse_args()
     if options.occupy:
         occupy(options.occupy)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # runs are ended
     options.model = options.model or ("1b" if options.gpus else "tiny")
     options.tokens = options.tokens or (24576 * options.gpus or 16384)
     options.steps = options.steps or (30 if options.gpus else 14)

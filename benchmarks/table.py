@@ -43,8 +43,8 @@ def describe(case: dict[str, Any]) -> str:
     words.append("bf16" if case["float8"] == "none" else f"FP8 ({case['float8']})")
     if case["engine"] == "deepspeed":
         words.append("DeepSpeed ZeRO-3")
-    kept = {"engine.zero_stage=2": "weights kept gathered", "engine.zero_stage=1": "weights and gradients kept whole"}
-    words += [kept[s] for s in case["set"] if s in kept]
+    kept = {"2": "weights kept gathered", "1": "weights and gradients kept whole"}.get(settings(case).get("engine.zero_stage", ""))
+    words += [kept] if kept else []
     words += ["rows without context"] if case["rows"] == "qa" else []
     words += [f"{case['accumulate']} x {case['micro']:,} tokens a step"] if case["accumulate"] > 1 else []
     return ", ".join(words)

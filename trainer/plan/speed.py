@@ -113,11 +113,11 @@ def step_time(load: Workload, gpu: Gpu, traffic: Traffic, network_gbps: float, n
     compute = load.tokens * token_seconds(load, gpu)
     copies = 0.0
     if load.engine != "replicated" and not load.adapters:
-        copies = (2 * GATHER_BYTES + REDUCE_BYTES) * n / bandwidth
-        if load.engine == "fsdp" and load.stage < 3:  # gathered, and with stage 1 reduced, once a step: here in equal parts
-            summed = ACCUMULATE_BYTES[load.reduce_bytes] if load.stage == 1 and load.micro_batches > 1 else 0
-            once = GATHER_BYTES + (REDUCE_BYTES if load.stage == 1 else 0)
-            copies = (summed + (0 if load.stage == 1 else REDUCE_BYTES) + once / load.micro_batches) * n / bandwidth
+        stage, once = load.stage if load.engine == "fsdp" else 3, 1 / load.micro_batches  # a micro-batch's part of what is done once a step
+        moved = GATHER_BYTES * (2 if stage == 3 else once) + REDUCE_BYTES * (once if stage == 1 else 1)
+        if stage == 1 and load.micro_batches > 1:
+            moved += ACCUMULATE_BYTES[load.reduce_bytes]
+        copies = moved * n / bandwidth
     elif not load.adapters:
         copies = ACCUMULATE_BYTES[load.gradient_bytes] * n / bandwidth
     if load.method == "qlora":

@@ -53,12 +53,14 @@ class Row:
 WIDE_7B = "train.py --unsaved --model 7b --micro 16384 --steps 12 --set engine.zero_stage=1"
 FOUR_7B = "train.py --unsaved --workers 4 --model 7b --micro 12288 --steps 14 --set engine.zero_stage=1"
 LORA = "train.py --unsaved --model 7b --rows qca --micro 8192 --accumulate 2 --checkpointing none --steps 14"
-LORA_ON_ONE = Row(f"{LORA} --method lora", 160, "LoRA 7B: 19,000 on an H100 (18,027)")
-QLORA_ON_ONE = Row(f"{LORA} --method qlora", 160, "QLoRA 7B: 12,000 on an H100 (17,391)")
+LORA_ON_ONE = Row(f"{LORA} --method lora", 175, "LoRA 7B: 19,000 on an H100 (18,027)")
+QLORA_ON_ONE = Row(f"{LORA} --method qlora", 175, "QLoRA 7B: 12,000 on an H100 (17,391)")
 LORA_ON_TWO = Row(f"{LORA} --method lora --workers 2", 160, "LoRA 7B on two GPUs: 95 % of one's", "2,3")
 LORA_ON_FOUR = Row(f"{LORA} --method lora --workers 4", 140, "on four: 95 % of one's")
 SCALING = [replace(LORA_ON_ONE, gpus="0"), replace(QLORA_ON_ONE, gpus="1"), LORA_ON_TWO]
 UNEQUAL = Row("unequal.py --gpus 2 --model 1b --slowdown 1.75 --steps 20", 400, "one GPU of two slowed: 95 % of the sum", file="unequal")
+UNEQUAL_MUCH = Row("unequal.py --gpus 2 --model 1b --slowdown 3 --steps 20", 260, "one GPU of two slowed three times: 95 % of the sum",
+                   file="unequal")
 UNEQUAL_GROUPS = Row("unequal.py --gpus 4 --nodes 2 --model 1b --slowdown 1.75 --steps 20", 480,
                      "2 + 2 in hybrid shard groups: 95 % of the sum", file="unequal")
 KILLS = Row("kills.py --gpus 2 --model 1b --tokens 8192 --kills 1 --every 10 --elastic --eager", 470,
@@ -72,7 +74,8 @@ WIDE_13B = Row("train.py --unsaved --model 13b --rows qca --workers 2 --micro 10
 # To the first step a 7B takes 60 to 90 s, on hosts with slow cores or several runs at once 100 to 130 s; half with compiled kernels.
 CALLS: dict[str, list[Row]] = {
     "1xH100": [LORA_ON_ONE, QLORA_ON_ONE],
-    "2xH200-full": [WIDE_QA, WIDE_13B, WIDE_FP8],
+    "2xH200-full": [WIDE_FP8, WIDE_QA, WIDE_13B],
+    "2x-adapters": [replace(LORA_ON_ONE, gpus="0"), replace(QLORA_ON_ONE, gpus="1"), UNEQUAL_MUCH],
     "2x-unequal": [UNEQUAL],
     "2x-kills": [KILLS],
     "4xH200-full": [

@@ -303,7 +303,7 @@ def on_gpus(options: argparse.Namespace, slowdown: float) -> dict[str, Any]:
     rate = {name: found["tokens_per_second"] for name, found in runs.items() if "error" not in found}
     if {"free", "balanced", "occupied"} <= rate.keys():
         share, measured = len(slow) / options.gpus, rate["free"] / rate["occupied"]
-        if measured < (1 + slowdown) / 2:
+        if measured < 1 + (slowdown - 1) / 3:  # a GPU's time is not cut evenly: 3 has been 2.0, 1.75 has been 1.5
             return result | {"error": f"Occupied GPUs were {measured:.2f} times as slow, not {slowdown:g}: the steps wait for the host. "
                                       "Give --tokens more."}
         whole = rate["occupied"] * share + rate["free"] * (1 - share)

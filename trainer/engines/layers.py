@@ -38,10 +38,13 @@ def prepare_layers(model: nn.Module, engine: EngineConfig, checkpointing: Checkp
     if compiled:
         import torch._dynamo
         import torch._functorch.config
+        import torch._inductor.config
 
         torch._dynamo.config.automatic_dynamic_shapes = False
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         torch._functorch.config.activation_memory_budget = checkpointing.budget if checkpointing.mode == "selective" else 1.0
+        if engine.float8 != "none":  # else a norm's backward writes q, k, v transposed in FP8 (docs/decisions/engines.md)
+            torch._inductor.config.triton.mix_order_reduction = False
         norm = model.model.norm  # type: ignore[union-attr]
         norm.forward = torch.compile(norm.forward, fullgraph=True, dynamic=False)  # type: ignore[union-attr, method-assign, assignment]
     for index, layer in enumerate(decoder_layers(model)):

@@ -11,6 +11,7 @@ Names: a parameter's canonical name is Hugging Face's, also where peft wraps the
 from __future__ import annotations
 
 import math
+import types
 import zlib
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,7 @@ def shape_for_method(model: LlamaForCausalLM, method: MethodConfig, base_rows: i
     if method.kind == "full":
         return
     from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
 
     targets = adapter_targets(model, method)
     model.requires_grad_(False)
@@ -61,12 +63,25 @@ def shape_for_method(model: LlamaForCausalLM, method: MethodConfig, base_rows: i
     adapters = LoraConfig(r=method.rank, lora_alpha=method.alpha,  # type: ignore[arg-type]  # a float works
                           lora_dropout=method.dropout, target_modules=targets, task_type="CAUSAL_LM")
     inject_adapter_in_model(adapters, model, ADAPTER, low_cpu_mem_usage=True)
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.forward = types.MethodType(_adapted_forward, module)  # type: ignore[method-assign]
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.to(dtype)
             parameter.requires_grad_(True)
     if model.config.vocab_size > base_rows:
         _trainable_rows(model, base_rows, dtype)
+
+
+def _adapted_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+    """An adapted layer's forward: W x + B (alpha / rank * A x).
+
+    peft's own multiplies B's output instead of A's, so that its gradient is one more tensor as wide as the layer (measured:
+    docs/decisions/engines.md); for 4-bit layers it also copies the frozen product.
+    """
+    low = self.lora_A[ADAPTER](self.lora_dropout[ADAPTER](x)) * self.scaling[ADAPTER]
+    return self.base_layer(x) + self.lora_B[ADAPTER](low)
 
 
 # New tokens under adapters

@@ -51,11 +51,10 @@ def describe(case: dict[str, Any]) -> str:
 
 
 def on_gpus() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Results of training speed on GPUs, with the machine's name. Not those marked as taken `before` a change that their case gains by."""
+    """Results of training speed on GPUs, with the machine's name. `before` in a result: it was taken before this change, which it lacks."""
     for machine in sorted(path.stem for path in RESULTS.glob("*xH*.jsonl")):
         for result in cases(machine):
-            if "before" not in result:
-                yield machine.replace("x", " x "), result
+            yield machine.replace("x", " x "), result
 
 
 def settings(case: dict[str, Any]) -> dict[str, str]:
@@ -92,7 +91,8 @@ def speed() -> Iterator[str]:
     newest: dict[tuple[str, str, str], str] = {}
     for machine, result in on_gpus():
         beside = ", beside runs on the host's other GPUs" if result.get("beside") else ""
-        key = (machine, result["case"]["model"], describe(result["case"]) + beside)
+        older = ", before the norms' kernels" if "before" in result else ""
+        key = (machine, result["case"]["model"], describe(result["case"]) + beside + older)
         newest[key] = speed_of(machine, result, key[2])
     yield from newest.values()
 

@@ -16,7 +16,7 @@ from trainer.errors import UserError
 from trainer.export import Source
 from trainer.model.load import empty_model, load_model, model_config, open_weights
 from trainer.model.loss import token_loss_sum, use_packed_forward
-from trainer.model.methods import adapter_targets, canonical
+from trainer.model.methods import adapter_targets, canonical, shape_for_method
 
 
 def test_targets() -> None:
@@ -33,6 +33,23 @@ def test_targets() -> None:
 def test_canonical_names() -> None:
     assert canonical("model.layers.0.mlp.up_proj.base_layer.weight") == "model.layers.0.mlp.up_proj.weight"
     assert canonical("model.layers.0.mlp.up_proj.lora_A.default.weight") == "model.layers.0.mlp.up_proj.lora_A.weight"
+
+
+def test_adapted_layer_is_pefts() -> None:
+    """Output and gradients of an adapted layer are those of peft's own forward, which multiplies B's output."""
+    torch.manual_seed(0)
+    model = empty_model(model_config(make_config()), torch.float32)
+    shape_for_method(model, MethodConfig(kind="lora", rank=4, alpha=12, targets=["up_proj"]), VOCABULARY, torch.float32)
+    layer = model.model.layers[0].mlp.up_proj.to_empty(device="cpu").double()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(5, layer.base_layer.in_features, dtype=torch.float64, requires_grad=True)
+    trained = [x, layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    ours, peft = layer(x), type(layer).forward(layer, x)
+    torch.testing.assert_close(ours, peft)
+    cotangent = torch.randn_like(ours)
+    for a, b in zip(torch.autograd.grad(ours, trained, cotangent), torch.autograd.grad(peft, trained, cotangent), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 class Trained:

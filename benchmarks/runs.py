@@ -24,7 +24,7 @@ class Run:
         root = folder / "runs" / document["run"]["name"]
         self.metrics = root / "metrics.jsonl"
         if not (root / "dataset").exists():
-            make_dataset(root / "dataset", "even", tokens, "chain")
+            make_dataset(root / "dataset", "even", tokens, "chain", vocabulary=document["run"]["model"]["architecture"]["vocab_size"])
         (folder / "run.yaml").write_text(yaml.safe_dump(document))
         own = {**os.environ, "OMP_NUM_THREADS": "1"}
         own.pop("RAY_ADDRESS", None)

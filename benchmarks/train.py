@@ -52,23 +52,23 @@ def _lognormal(mean: float, p95: float) -> tuple[float, float]:
     return math.log(mean) - sigma * sigma / 2, sigma
 
 
-def chain(lengths: list[int], rng: np.random.Generator) -> list[Any]:
+def chain(lengths: list[int], rng: np.random.Generator, vocabulary: int) -> list[Any]:
     """Rows of a Markov chain in which each token has 32 successors of falling probability (entropy about 2.9 nats).
 
-    The table of successors is the same in every dataset.
+    The table of successors is the same in every dataset of that vocabulary.
     """
-    successors = np.random.default_rng(7).integers(3, VOCABULARY, (VOCABULARY, 32)).astype(np.int32)
+    successors = np.random.default_rng(7).integers(3, vocabulary, (vocabulary, 32)).astype(np.int32)
     weights = 1.0 / np.arange(1, 33)
     border = np.cumsum(weights / weights.sum())
     made = np.empty((len(lengths), max(lengths)), dtype=np.int32)
-    made[:, 0] = rng.integers(3, VOCABULARY, len(lengths))
+    made[:, 0] = rng.integers(3, vocabulary, len(lengths))
     for place in range(1, made.shape[1]):
         made[:, place] = successors[made[:, place - 1], np.minimum(np.searchsorted(border, rng.random(len(lengths))), 31)]
     return [row[:length].copy() for row, length in zip(made, lengths, strict=True)]
 
 
 def make_dataset(directory: Path, kind: str, tokens: int, text: str = "random", seed: int = 0, vocabulary: int = VOCABULARY) -> None:
-    """Write a dataset as `prepare` does, with at least `tokens` training tokens. `vocabulary`: ids of random text are below."""
+    """Write a dataset as `prepare` does, with at least `tokens` training tokens, all below `vocabulary`."""
     from trainer.data.shards import shard_name, write_shard
     from trainer.files import write_directory
 
@@ -86,7 +86,7 @@ def make_dataset(directory: Path, kind: str, tokens: int, text: str = "random", 
             starts.append(length - answer)
             have += length
         if text == "chain":
-            return chain(lengths, rng), starts
+            return chain(lengths, rng, vocabulary), starts
         return [rng.integers(3, vocabulary, length).astype(np.int32) for length in lengths], starts
 
     def fill(folder: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import ipaddress
 import json
+import subprocess
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from tests.waiting import wait_for
 from tools import images, oci
 from tools.cluster import flannel, host, kubernetes, network, preflight, programs, registry, site, up
 from tools.cluster.kubernetes import Server
@@ -176,6 +178,15 @@ def test_a_gpu_without_its_runtime_is_refused(monkeypatch: pytest.MonkeyPatch) -
     assert "nvidia-container-toolkit" in "".join(preflight._gpu())
     monkeypatch.setattr(host, "nvidia_runtime", lambda: "/usr/bin/nvidia-container-runtime")
     assert not list(preflight._gpu())
+
+
+def test_ended_process_is_not_another_cluster() -> None:
+    """A kubelet that has ended, but whose parent has not asked for its exit status yet, is none."""
+    with subprocess.Popen(["sleep", "60"]) as process:
+        wait_for(lambda: process.pid in preflight._processes("sleep"), 10, "the process's name")
+        process.kill()
+        wait_for(lambda: process.pid not in preflight._processes("sleep"), 10, "the end of the process")
+        assert Path(f"/proc/{process.pid}").exists()
 
 
 def test_a_first_server_that_does_not_answer_is_refused(layout: Layout) -> None:

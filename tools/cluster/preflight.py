@@ -154,9 +154,10 @@ def free(address: str, port: int) -> bool:
 
 
 def _processes(name: str) -> Iterator[int]:
+    """Processes of this name that have not ended: one whose parent has yet to ask for its exit status runs no more."""
     for path in Path("/proc").glob("[0-9]*/comm"):
         try:
-            if path.read_text().strip() == name:
+            if path.read_text().strip() == name and "\nState:\tZ" not in path.with_name("status").read_text():
                 yield int(path.parent.name)
         except OSError:
             continue

@@ -322,7 +322,7 @@ def unequal() -> Iterator[str]:
         return
     yield "| workers | equal tokens, of the sum | tokens by speed, of the sum | largest difference of a step's loss to equal tokens |"
     yield "|---|---|---|---|"
-    newest = {(d["case"]["gpus"], d["case"].get("nodes", 1), d.get("share") or d.get("slowdown"),
+    newest = {(d["case"]["gpus"], d["case"].get("nodes", 1), round(d.get("share") or d.get("slowdown"), 2),
                d["case"]["tokens"] * d["case"].get("accumulate", 1)): d for d in results("unequal")}
     for (gpus, nodes, value, step), d in newest.items():
         if "balanced_of_sum" in d:

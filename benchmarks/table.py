@@ -91,7 +91,7 @@ def speed() -> Iterator[str]:
     newest: dict[tuple[str, str, str], str] = {}
     for machine, result in on_gpus():
         beside = ", beside runs on the host's other GPUs" if result.get("beside") else ""
-        older = ", before the norms' kernels" if "before" in result else ""
+        older = f", before {result['before']}" if "before" in result else ""
         key = (machine, result["case"]["model"], describe(result["case"]) + beside + older)
         newest[key] = speed_of(machine, result, key[2])
     yield from newest.values()
@@ -309,7 +309,7 @@ def kills() -> Iterator[str]:
             yield (f"| {where}, a checkpoint every {case['every']} steps | {len(d['kills'])} | "
                    f"{'all' if d.get('same_losses') else 'no' if 'same_losses' in d else 'same rows'} | {d['repeated_most']} | "
                    f"{d['seconds_median']:.0f}, {d['seconds_most']:.0f} |")
-        if elastic := d.get("elastic") or {}:
+        if elastic := d.get("elastic"):
             rows = "same rows" if d.get("same_rows") else "no"
             yield (f"| the same, a node lost and back | – | {rows} | {elastic['steps_done_again']} | "
                    f"{elastic['seconds_to_fewer']:.0f} with fewer, {elastic['seconds_to_all_again']:.0f} with all again |")

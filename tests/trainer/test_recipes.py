@@ -32,7 +32,7 @@ def test_recipe(name: str) -> None:
     result = plan(config)
     assert result.fits is True, "\n".join(result.advice)
     assert not [line for line in result.advice if "micro_batch_tokens" in line], "a recipe takes plan's advice"
-    assert result.tokens_per_second > 0 and 0.05 < result.mfu < 0.72  # cards whose listed peak is halved come nearer to it
+    assert result.tokens_per_second > 0 and 0.05 < result.mfu < 0.7
     assert text.split(f"{END}\n")[0] + END == "\n".join(header(result)), "python -m trainer.plan.recipes --write"
 
 

@@ -21,7 +21,7 @@ PASSES = 8.6
 """Element-wise work of a compiled layer, forward and backward: times that a token's kept activations cross the memory bus."""
 EAGER_PASSES = 17.0
 """More of them without compilation."""
-ADAPTER_PASSES = 5.5
+ADAPTER_PASSES = 6.3
 """More of them with adapters: low-rank products are bound by memory."""
 STREAM = 0.65
 """Share of the memory bandwidth that copies and the optimizer reach."""

@@ -184,6 +184,16 @@ def test_no_right_reaches_beyond_the_watched_namespaces(site: Values) -> None:
                 assert "*" not in rule["verbs"] + rule["resources"] + rule["apiGroups"]
 
 
+@pytest.mark.parametrize(("replicas", "elects", "strategy"), [(1, False, "Recreate"), (2, True, "RollingUpdate")])
+def test_only_several_operators_elect_a_leader(replicas: int, elects: bool, strategy: str) -> None:
+    """A single one must outlive an API server that is away; one that elects ends itself after 10 s without."""
+    manifests = render({"kuberay-operator": {"replicas": replicas}})
+    operator = next(m for m in manifests if m["kind"] == "Deployment" and m["metadata"]["name"].endswith("kuberay-operator"))
+    assert f"--enable-leader-election={str(elects).lower()}" in operator["spec"]["template"]["spec"]["containers"][0]["args"]
+    assert operator["spec"]["strategy"]["type"] == strategy
+    assert any(m["kind"] == "Role" and m["metadata"]["name"].endswith("leader") for m in manifests) == elects
+
+
 def test_rights_are_part_of_upstreams() -> None:
     """The operator's Role asks for nothing that KubeRay's own ClusterRole lacks."""
     documents = [d for file in ("role.yaml", "leader_election_role.yaml")

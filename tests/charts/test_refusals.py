@@ -107,9 +107,6 @@ REFUSED: dict[str, tuple[Values, list[str]]] = {
                                    ["workerGroups[g].scratch.kind", "global.podSecurity.level: privileged"]),
     "host path without a path": (join({"global": {"podSecurity": {"level": "privileged"}}}, group(scratch={"kind": "hostPath"})),
                                  ["workerGroups[g].scratch.hostPath is empty"]),
-    # kuberay-operator
-    "operators without a leader": ({"kuberay-operator": {"replicas": 2, "leaderElection": False}},
-                                   ["kuberay-operator.replicas is 2", "leaderElection: true"]),
     # nfs-provisioner
     **{f"mount option {option}": (nfs(mountOptions=["hard", "nfsvers=4.1", option]), ["nfs-provisioner.mountOptions", option, "Remove it"])
        for option in ("soft", "softerr", "nolock", "local_lock=all", "async", "nconnect=8", "sec=krb5")},

@@ -184,13 +184,21 @@ def test_no_right_reaches_beyond_the_watched_namespaces(site: Values) -> None:
                 assert "*" not in rule["verbs"] + rule["resources"] + rule["apiGroups"]
 
 
-@pytest.mark.parametrize(("replicas", "elects", "strategy"), [(1, False, "Recreate"), (2, True, "RollingUpdate")])
-def test_only_several_operators_elect_a_leader(replicas: int, elects: bool, strategy: str) -> None:
+def test_deployments_can_be_upgraded(site: Values) -> None:
+    """A Deployment that once was RollingUpdate keeps the API server's defaults for it, which are refused beside Recreate: only what never
+    was anything else may have that type."""
+    for manifest in render(site):
+        if manifest["kind"] == "Deployment" and manifest["spec"].get("strategy", {}).get("type") == "Recreate":
+            assert "vllm" in manifest["metadata"]["name"]
+
+
+@pytest.mark.parametrize(("replicas", "elects"), [(1, False), (2, True)])
+def test_only_several_operators_elect_a_leader(replicas: int, elects: bool) -> None:
     """A single one must outlive an API server that is away; one that elects ends itself after 10 s without."""
     manifests = render({"kuberay-operator": {"replicas": replicas}})
     operator = next(m for m in manifests if m["kind"] == "Deployment" and m["metadata"]["name"].endswith("kuberay-operator"))
     assert f"--enable-leader-election={str(elects).lower()}" in operator["spec"]["template"]["spec"]["containers"][0]["args"]
-    assert operator["spec"]["strategy"]["type"] == strategy
+    assert operator["spec"]["strategy"]["rollingUpdate"] == {"maxUnavailable": 1, "maxSurge": 0}
     assert any(m["kind"] == "Role" and m["metadata"]["name"].endswith("leader") for m in manifests) == elects
 
 

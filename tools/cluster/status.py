@@ -72,6 +72,10 @@ class State:
     message: str = ""
     error_since: float | None = None
     """Unix time of the oldest error that Argo CD reports."""
+    syncing: str = ""
+    """What Argo CD's sync is doing, while one runs."""
+    chart: str = ""
+    """Digest of the chart that it has read."""
     run: Run | None = None
     """The run that the environment's files ask for now."""
     others: tuple[Run, ...] = ()
@@ -139,6 +143,7 @@ def environment(api: client.ApiClient, name: str, layout: Layout) -> State:
             return State(name, message="waiting for the ApplicationSet")
         raise
     status = application.get("status", {})
+    revisions = status.get("sync", {}).get("revisions") or ["", ""]
     wanted = {r["name"] for r in status.get("resources", []) if r["kind"] == "RayJob" and r.get("status") != "OutOfSync"}
     everything = runs(api, name, layout)
     current = next((r for r in everything if r.name in wanted), None)
@@ -147,8 +152,9 @@ def environment(api: client.ApiClient, name: str, layout: Layout) -> State:
     if operation.get("phase") in ("Failed", "Error"):
         errors.append({"message": operation.get("message", ""), "lastTransitionTime": operation.get("finishedAt", "")})
     since = min((_unix(c.get("lastTransitionTime", "")) for c in errors), default=None)
+    syncing = operation.get("message", "") or "starting" if operation.get("phase") == "Running" else ""
     return State(name, status.get("sync", {}).get("status", "unknown"), status.get("health", {}).get("status", "unknown"),
-                 (status.get("sync", {}).get("revisions") or [""])[0][:10], "; ".join(c["message"] for c in errors), since, current,
+                 revisions[0][:10], "; ".join(c["message"] for c in errors), since, syncing, revisions[-1], current,
                  tuple(r for r in everything if r is not current), unhealthy(status.get("resources", [])))
 
 

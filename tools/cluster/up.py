@@ -31,6 +31,8 @@ class Up(Steps):
 
     def __init__(self, layout: Layout, settings: Settings) -> None:
         super().__init__(layout, settings, kubernetes.Server(settings.name, settings.address))
+        self.chart_digest = ""
+        """Of the chart that was pushed."""
 
     def steps(self) -> list[Step]:
         """All of it. Two run at once: compilers on one side, downloads and image layers on the other."""
@@ -104,6 +106,7 @@ class Up(Steps):
         version = yaml.safe_load((charts.CHART / "Chart.yaml").read_text())["version"]
         archive = charts.package(version, self.layout.cache / "charts")
         reference = charts.push(f"{self.settings.registry}/charts", archive, plain_http=True)
+        self.chart_digest = reference.partition("@")[2]
         say(reference)
         return True
 
@@ -154,16 +157,24 @@ class Up(Steps):
             if state.run is None or state.run.name != expected:
                 # Argo CD has not seen the newest commit or image yet: what it shows is about the run before.
                 state = dataclasses.replace(state, run=None)
-            if state.run_ended:
+            pending = self.pending(state)
+            if state.run_ended and not pending:
                 break
             waited = True
-            say(state.line())
+            say(pending if state.run_ended else state.line())
             if state.failure:
                 raise OperatorError(f"{state.failure}\nSee `make status`, and the run's log: {state.log_command}")
             if time.monotonic() - begin > RUN_TIMEOUT:
                 raise OperatorError(f"The run has not ended within {clock(RUN_TIMEOUT)}: {state.line()}. See `make status`.")
             time.sleep(1.0)
         return waited
+
+    def pending(self, state: status.State) -> str:
+        """What of the newest commit and chart Argo CD has still to do; empty if nothing."""
+        commit = shell.output(["git", "-C", registry.git_repository(self.layout, self.settings), "rev-parse", registry.BRANCH])
+        if not state.revision or not commit.startswith(state.revision) or state.chart != self.chart_digest:
+            return "waiting for Argo CD to see the newest commit and chart"
+        return f"sync: {state.syncing[:200]}" if state.syncing or state.sync != "Synced" else ""
 
     def _drop_half_seen(self, api: client.ApiClient, expected: str) -> None:
         """New images and a new commit reach Argo CD a moment apart, and what it makes of one without the other is a run that nobody

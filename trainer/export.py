@@ -1,7 +1,7 @@
 """The stage `export`: a checkpoint as a model directory that loads with plain AutoModelForCausalLM.
 
 Tensors are read, merged, converted and written one file at a time, so memory is bounded by run.export.shard_size_gb (and the
-largest single tensor), not by the model. No engine and no GPU are needed.
+largest tensors, one a thread), not by the model. No engine and no GPU are needed.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import math
 import re
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -26,6 +28,8 @@ from trainer.report.card import model_card
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+THREADS = 4
+"""Tensors made at the same time: each takes its size in float32 and twice in the exported type."""
 PREFIX = "weights/"
 """Checkpoint names of what is exported; the rest is optimizer state."""
 
@@ -69,18 +73,20 @@ class Source:
         self._trained, self._open, self._method = trained, base, method
         self._names = {name.removeprefix(PREFIX) for name in trained.names() if name.startswith(PREFIX)}
         self._base: Weights | None = None
+        self._opening = threading.Lock()
 
     def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """The whole tensor in `dtype`. A sum with an adapter's product is taken in float32 and rounded once."""
+        """The whole tensor in `dtype`. A sum with an adapter's product is taken in float32 and rounded once. Threads may call it."""
         if name in self._names:
             return self._read(name, dtype)
-        self._base = self._base or self._open()
+        with self._opening:
+            self._base = self._base or self._open()
         whole = self._base.read(name, 0, math.prod(shape)).view(shape)
         layer = name.removesuffix(".weight")
         if f"{layer}.lora_A.weight" in self._names:
             # W + (alpha / rank) B A: https://arxiv.org/abs/2106.09685, section 4.1
-            update = self._read(f"{layer}.lora_B.weight") @ self._read(f"{layer}.lora_A.weight")
-            return whole.float().add_(update, alpha=self._method.alpha / self._method.rank).to(dtype)
+            up, down = self._read(f"{layer}.lora_B.weight"), self._read(f"{layer}.lora_A.weight")
+            return whole.to(torch.float32, copy=True).addmm_(up, down, alpha=self._method.alpha / self._method.rank).to(dtype)
         added = layer + NEW_ROWS
         if name == HEAD and added not in self._names and EMBEDDING.removesuffix(".weight") + NEW_ROWS in self._names:
             raise UserError(f"The checkpoint has new rows for the embedding but none for {HEAD}, which is not tied to it.")
@@ -133,18 +139,23 @@ def _write_weights(directory: Path, source: Source, shapes: dict[str, tuple[int,
     """Write model*.safetensors and, for several files, their index. Returns bytes and the number of non-finite weights."""
     from safetensors.torch import save_file
 
+    def make(name: str) -> tuple[torch.Tensor, int]:
+        tensor = source.tensor(name, shapes[name], dtype)
+        return tensor, int(tensor.numel() - torch.isfinite(tensor).sum())
+
     files = plan_files(shapes, dtype.itemsize, limit)
     place, done, broken = {}, 0, 0
-    for number, names in enumerate(files, 1):
-        file = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        tensors = {}
-        for name in names:
-            tensors[name] = source.tensor(name, shapes[name], dtype)
-            broken += int(tensors[name].numel() - torch.isfinite(tensors[name]).sum())
-            place[name] = file
-            done += tensors[name].nbytes
-        save_file(tensors, directory / file, metadata={"format": "pt"})
-        progress(number / len(files))
+    with ThreadPoolExecutor(THREADS) as pool:
+        for number, names in enumerate(files, 1):
+            file = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+            tensors = {}
+            for name, (tensor, not_finite) in zip(names, pool.map(make, names), strict=True):
+                tensors[name] = tensor
+                broken += not_finite
+                place[name] = file
+                done += tensor.nbytes
+            save_file(tensors, directory / file, metadata={"format": "pt"})
+            progress(number / len(files))
     if len(files) > 1:
         write_json(directory / "model.safetensors.index.json", {"metadata": {"total_size": done}, "weight_map": place})
     return done, broken

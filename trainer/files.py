@@ -8,12 +8,14 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from trainer.errors import UserError
 
 MANIFEST = "manifest.json"
+HASHED_AT_ONCE = 4
 MAX_HEADER = 100_000_000
 """Bytes; the bound that safetensors itself sets against hostile headers."""
 
@@ -60,12 +62,14 @@ def sha256(path: Path, block: int = 1 << 22) -> str:
 
 def describe(directory: Path) -> dict[str, dict[str, Any]]:
     """Size and sha256 of every file below a directory but its manifest, by relative name; each file is synced."""
-    files = {}
-    for path in sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST):
+    def one(path: Path) -> dict[str, Any]:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-        files[path.relative_to(directory).as_posix()] = {"size": path.stat().st_size, "sha256": sha256(path)}
-    return files
+        return {"size": path.stat().st_size, "sha256": sha256(path)}
+
+    paths = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST)
+    with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
+        return {path.relative_to(directory).as_posix(): entry for path, entry in zip(paths, pool.map(one, paths), strict=True)}
 
 
 def write_directory(path: Path, fill: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:

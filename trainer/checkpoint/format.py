@@ -16,6 +16,7 @@ import itertools
 import json
 import mmap
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from trainer.files import MAX_HEADER
+
+warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)  # of memory maps, which are only read
 
 if TYPE_CHECKING:
     from trainer.engines.base import Piece

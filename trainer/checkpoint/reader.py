@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import math
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +70,7 @@ class CheckpointReader:
     def read(self, name: str, start: int, out: torch.Tensor) -> None:
         """Fill the 1-D CPU tensor `out` from element `start` of the flattened tensor on, converted to `out`'s type.
 
-        Raises KeyError (no such tensor) and IndexError (the range is not inside it).
+        Threads may read at the same time. Raises KeyError (no such tensor) and IndexError (the range is not inside it).
         """
         end = start + out.numel()
         if not 0 <= start <= end <= math.prod(self._shapes[name]):
@@ -83,10 +82,7 @@ class CheckpointReader:
             entry, file = ranges[i]
             count = min(end, entry.start + entry.count) - at
             if count > 0:
-                with warnings.catch_warnings():  # torch warns that the map is read-only; it is only read
-                    warnings.simplefilter("ignore", UserWarning)
-                    source = file.elements(entry, at - entry.start, count)
-                out[at - start:at - start + count].copy_(source)
+                out[at - start:at - start + count].copy_(file.elements(entry, at - entry.start, count))
                 at += count
             i += 1
 

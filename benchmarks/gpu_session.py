@@ -58,9 +58,8 @@ QLORA_ON_ONE = Row(f"{LORA} --method qlora", 175, "QLoRA 7B: 12,000 on an H100 (
 LORA_ON_TWO = Row(f"{LORA} --method lora --workers 2", 160, "LoRA 7B on two GPUs: 95 % of one's", "2,3")
 LORA_ON_FOUR = Row(f"{LORA} --method lora --workers 4", 140, "on four: 95 % of one's")
 SCALING = [replace(LORA_ON_ONE, gpus="0"), replace(QLORA_ON_ONE, gpus="1"), LORA_ON_TWO]
-UNEQUAL = Row("unequal.py --gpus 2 --model 1b --slowdown 1.75 --steps 20", 400, "one GPU of two slowed: 95 % of the sum", file="unequal")
-UNEQUAL_MUCH = Row("unequal.py --gpus 2 --model 1b --slowdown 3 --steps 20", 260,
-                   "one GPU of two slowed by two more processes: 95 % of the sum (98.4)", file="unequal")
+UNEQUAL = Row("unequal.py --gpus 2 --model 1b --slowdown 3 1.3 --steps 20 --no-equal", 480,
+              "one GPU of two slowed by other processes: 95 % of the sum (98.9 at 1.5 times, 98.4 at 2.0)", file="unequal")
 UNEQUAL_GROUPS = Row("unequal.py --gpus 4 --nodes 2 --model 1b --slowdown 1.75 --steps 20", 480,
                      "2 + 2 in hybrid shard groups: 95 % of the sum", file="unequal")
 KILLS = Row("kills.py --gpus 2 --model 1b --tokens 8192 --kills 1 --every 10 --elastic --eager", 470,
@@ -75,7 +74,7 @@ WIDE_13B = Row("train.py --unsaved --model 13b --rows qca --workers 2 --micro 10
 CALLS: dict[str, list[Row]] = {
     "1xH100": [LORA_ON_ONE, QLORA_ON_ONE],
     "2xH200-full": [WIDE_FP8, WIDE_QA, WIDE_13B],
-    "2x-adapters": [replace(LORA_ON_ONE, gpus="0"), replace(QLORA_ON_ONE, gpus="1"), UNEQUAL_MUCH],
+    "2x-adapters": [replace(LORA_ON_ONE, gpus="0"), replace(QLORA_ON_ONE, gpus="1")],
     "2x-unequal": [UNEQUAL],
     "2x-kills": [KILLS],
     "4xH200-full": [
@@ -92,10 +91,11 @@ CALLS: dict[str, list[Row]] = {
     ],
     "4xH100-13b": [Row("train.py --unsaved --workers 4 --model 13b --micro 8192 --accumulate 4 --steps 9 --rows qca", 220,
                        "13B full bf16: 6,500 a GPU")],
-    "2xH200-export": [
-        Row("lifecycle.py --model 70b --layers 20 --method qlora --gpus 1 --steps 16", 470,
-            "layers of a 70B, QLoRA: run, killed, resumed, exported (a quarter of them: the whole export is 140 GB of disk; resumes, its "
-            "export of 36 GB was cut off after 46 s)", "0", "lifecycle"),
+    "2x-export": [
+        Row("lifecycle.py --model 70b --layers 10 --method qlora --gpus 1 --steps 16", 360,
+            "layers of a 70B, QLoRA: run, killed, resumed, exported (an eighth of them: the whole export is 140 GB of disk)", "0",
+            "lifecycle"),
+        Row(f"{LORA} --method lora --float8 tensorwise", 150, "LoRA 7B, frozen weights in FP8: 19,000 on an H100", "1"),
     ],
     "2xH200-engines": [
         Row("train.py --unsaved --model 1b --rows qca --workers 2 --steps 14", 110, "1.2B full, FSDP2, beside DeepSpeed"),
@@ -105,6 +105,9 @@ CALLS: dict[str, list[Row]] = {
             "weights gathered once a step"),
         Row("train.py --unsaved --model 1b --rows qca --workers 2 --steps 14 --micro 8192 --accumulate 4 --set engine.zero_stage=1", 110,
             "gradients reduced once a step too"),
+    ],
+    "2xH200-recipe": [
+        Row(f"{WIDE_7B} --accumulate 2 --rows qca --workers 2", 170, "7B full bf16: 13,800 a GPU"),
         Row("peers.py --peer old --model 7b --rows qca --gpus 2", 120, "the old recipe, 7B, qca: ours 2.1 times as fast", file="peers"),
     ],
 }

@@ -115,7 +115,7 @@ def occupy(busy: float, period_s: float = 0.02) -> None:
                 a @ a
             queued.append(torch.cuda.Event())
             queued[-1].record()
-            if len(queued) > 2:  # more is queued while this is waited for, or the process would leave a part of its share to the worker
+            if len(queued) > 2 * (busy == 1):  # whoever is always busy queues more meanwhile, or would leave a part of its share
                 queued.popleft().synchronize()
         if busy < 1:
             torch.cuda.synchronize()
@@ -162,7 +162,7 @@ def configuration(options: argparse.Namespace, storage: Path, workers: int, bala
                 "data": {"path": "made.jsonl", "max_tokens": CONTEXT},
                 "train": {"epochs": 1, "tokens_per_step": options.tokens * options.accumulate, "micro_batch_tokens": options.tokens,
                           "schedule": "constant", "learning_rate": 1e-5 if gpu else 1e-3, "eval_every": 10**6, "eval_rows": 8},
-                "engine": {"kind": "fsdp", "reduce_dtype": "bfloat16" if gpu else "float32", "zero_stage": 3 if gpu else 1,
+                "engine": {"kind": "fsdp", "reduce_dtype": "bfloat16" if gpu else "float32", "zero_stage": 1,
                            "shard_group": "node" if options.nodes > 1 else "world"},
                 "checkpoint": {"every_minutes": 10**6}},
         "resources": {"workers": workers, "gpus_per_worker": 1 if gpu else 0, "cpus_per_worker": 1, "max_failures": 0, "balance": balance}}
@@ -270,7 +270,7 @@ def told(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def on_cpu(options: argparse.Namespace, share: float) -> dict[str, Any]:
     """All kinds of runs in turns, as often as asked and as the time allows."""
-    deadline = time.monotonic() + options.timeout
+    deadline = time.monotonic() + options.timeout / len(options.share)
     kinds: dict[str, list[dict[str, Any]]] = {"fast": [], "slow": [], "balanced": [], "equal": []}
     loads = []
     for _ in range(options.repeats):
@@ -296,24 +296,36 @@ def on_cpu(options: argparse.Namespace, share: float) -> dict[str, Any]:
             "runs": {name: told(found) for name, found in kinds.items()}, "load_before": loads, "cores": os.cpu_count()}
 
 
-def on_gpus(options: argparse.Namespace, slowdown: float) -> dict[str, Any]:
-    """Two workers on free GPUs, on unequal ones with equal budgets and with budgets by speed, on occupied ones."""
+def on_gpus(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """For each slowdown: workers on unequal GPUs with budgets by speed and with equal budgets, and on occupied GPUs; once: on free ones."""
     deadline = time.monotonic() + options.timeout
     slow = list(range(options.gpus))[-(options.gpus // options.nodes if options.nodes > 1 else 1):]
-    # What the ratio needs comes first.
-    plan: dict[str, tuple[str, list[int]]] = {"free": ("equal", []), "balanced": ("speed", slow),
-                                              "occupied": ("equal", list(range(options.gpus))), "equal": ("equal", slow)}
-    runs: dict[str, dict[str, Any]] = {}
-    for name, (balance, busy) in plan.items():
+    everyone = list(range(options.gpus))
+    runs: dict[tuple[str, float], dict[str, Any]] = {}
+
+    def measure(name: str, balance: str, busy: list[int], slowdown: float) -> None:
         try:
-            runs[name] = pair(options, balance, busy, slowdown, deadline)
+            runs[name, slowdown] = pair(options, balance, busy, slowdown, deadline)
         except SystemExit as error:
-            runs[name] = {"error": str(error)}
-        print(f"{name}: {runs[name].get('tokens_per_second', 'no steps')}", file=sys.stderr, flush=True)
+            runs[name, slowdown] = {"error": str(error)}
+        print(f"{name}, {slowdown:g}: {runs[name, slowdown].get('tokens_per_second', 'no steps')}", file=sys.stderr, flush=True)
+
+    measure("free", "equal", [], 1)
+    for slowdown in options.slowdown:
+        measure("balanced", "speed", slow, slowdown)
+        measure("occupied", "equal", everyone, slowdown)
+        if options.equal:
+            measure("equal", "equal", slow, slowdown)
+        yield compared({"free": runs["free", 1], **{name: run for (name, of), run in runs.items() if of == slowdown}}, slowdown,
+                       len(slow) / options.gpus)
+
+
+def compared(runs: dict[str, dict[str, Any]], slowdown: float, share: float) -> dict[str, Any]:
+    """What `runs` (free, balanced, occupied, equal) show when a `share` of the GPUs is slowed."""
     result: dict[str, Any] = {"slowdown": slowdown, "runs": {k: {i: j for i, j in v.items() if i != "losses"} for k, v in runs.items()}}
     rate = {name: found["tokens_per_second"] for name, found in runs.items() if "error" not in found}
     if {"free", "balanced", "occupied"} <= rate.keys():
-        share, measured = len(slow) / options.gpus, rate["free"] / rate["occupied"]
+        measured = rate["free"] / rate["occupied"]
         if measured < 1 + (slowdown - 1) / 3:  # a GPU's time is not cut evenly
             return result | {"error": f"Occupied GPUs were {measured:.2f} times as slow, not {slowdown:g}: the steps wait for the host. "
                                       "Give --tokens more."}
@@ -339,8 +351,9 @@ def command_line() -> argparse.ArgumentParser:
                         help="tokens of all workers' micro-batches together (default: 16,384 on the CPU, 24,576 for each GPU)")
     parser.add_argument("--accumulate", type=int, default=1, help="micro-batches of a step: what is done once a step weighs less with more")
     parser.add_argument("--steps", type=int, default=0, help="steps of a run (default: 14 on the CPU, 30 on GPUs)")
+    parser.add_argument("--no-equal", dest="equal", action="store_false", help="on GPUs: no runs with equal budgets on unequal GPUs")
     parser.add_argument("--repeats", type=int, default=3, help="turns (on the CPU)")
-    parser.add_argument("--timeout", type=float, default=1800, help="seconds for one share or slowdown")
+    parser.add_argument("--timeout", type=float, default=3600, help="seconds for all shares or slowdowns")
     parser.add_argument("--scratch", default=None)
     parser.add_argument("--out", default="")
     parser.add_argument("--occupy", type=float, default=0.0, help=argparse.SUPPRESS)
@@ -356,10 +369,9 @@ def main() -> None:
     options.model = options.model or ("1b" if options.gpus else "tiny")
     options.tokens = options.tokens or (24576 * options.gpus or 16384)
     options.steps = options.steps or (30 if options.gpus else 14)
-    case = {k: v for k, v in vars(options).items() if k not in ("share", "slowdown", "scratch", "out", "occupy")}
+    case = {k: v for k, v in vars(options).items() if k not in ("share", "slowdown", "scratch", "out", "occupy", "equal")}
     failed = False
-    for value in options.slowdown if options.gpus else options.share:
-        found = on_gpus(options, value) if options.gpus else on_cpu(options, value)
+    for found in on_gpus(options) if options.gpus else (on_cpu(options, share) for share in options.share):
         failed |= "balanced_of_sum" not in found
         record({"benchmark": "unequal", "case": case, **found, "versions": versions()}, options.out)
     sys.exit(failed)

@@ -193,6 +193,28 @@ def lifecycles() -> Iterator[str]:
                f"{d['loss'][0]:.2f} to {d['loss'][1]:.2f} | {'yes' if d['holds'] else 'time was up'} |")
 
 
+def adapters() -> Iterator[str]:
+    """Rows of the table of LoRA beside rounded weights (benchmarks/adapters.py): the newest result of each model."""
+    yield ""
+    yield "| LoRA on a real model, held-out loss by seed | frozen weights in full | in FP8 | FP8 differs by at most | seeds differ by |"
+    yield "|---|---|---|---|---|"
+    for model, d in {d["case"]["model"]: d for d in results("adapters")}.items():
+        full, rounded = (", ".join(f"{loss:.4f}" for loss in d["held_out"][kind]) for kind in ("none", "tensorwise"))
+        yield (f"| {model}, {d['case']['steps']} steps of {d['case']['tokens']:,} tokens | {full} | {rounded} | "
+               f"{d['apart']['tensorwise']:.4f} | {d['seeds_apart']:.4f} |")
+
+
+def exports() -> Iterator[str]:
+    """Rows of the table of exports (benchmarks/export.py): the newest result of each model and method."""
+    yield ""
+    yield "| export in bfloat16, its sha256 and all | cores | one tensor at a time, GB/s | four | ratio |"
+    yield "|---|---|---|---|---|"
+    for (model, method), d in {(d["case"]["model"], d["case"]["method"]): d for d in results("export")}.items():
+        one_, four = d["gb_per_second"]["1"], d["gb_per_second"]["4"]
+        what = "adapters merged" if method == "lora" else "all weights trained"
+        yield f"| {NAMES[model]}, {what} | {d['cores']} | {one_:.2f} | {four:.2f} | {four / one_:.2f} |"
+
+
 def starts() -> Iterator[str]:
     """Rows of the table of `make up`."""
     yield ""
@@ -270,6 +292,8 @@ def engines() -> Iterator[str]:
          one("2xH200", **wide, **kept), one("2xH200", newest=True, **wide)),
         ("LoRA, A's output scaled instead of B's: tokens/s", "7B, 1 x H100", "speed", one("1xH100", **adapters),
          one("1xH100", newest=True, **adapters)),
+        ("LoRA, frozen weights in FP8: tokens/s", "7B, 1 x H200", "speed", one("1xH200", newest=True, float8="none", **adapters),
+         one("1xH200", float8="tensorwise", **adapters)),
         ("FP8 rowwise: tokens/s a GPU", "7B, 2 x H200", "speed", dropped, one("2xH200", model="7b", float8="rowwise")),
     ]
     yield "| change: figure | model, GPUs | without | with |"
@@ -322,7 +346,8 @@ def unequal() -> Iterator[str]:
         return
     yield "| workers | equal tokens, of the sum | tokens by speed, of the sum | largest difference of a step's loss to equal tokens |"
     yield "|---|---|---|---|"
-    newest = {(d["case"]["gpus"], d["case"].get("nodes", 1), round(d.get("share") or d.get("slowdown"), 2),
+    newest = {(d["case"]["gpus"], d["case"].get("nodes", 1),
+               round(d["share"], 2) if "share" in d else round(d.get("slowdown_measured", 0), 1),
                d["case"]["tokens"] * d["case"].get("accumulate", 1)): d for d in results("unequal")}
     for (gpus, nodes, value, step), d in newest.items():
         if "balanced_of_sum" in d:
@@ -330,7 +355,7 @@ def unequal() -> Iterator[str]:
             where = (f"{gpus} GPUs, {slow} slowed {d['slowdown_measured']:.2f} times" if gpus else
                      f"two on the CPU, one held to {value:.0%} of its core")
             equal, difference = (f"{d['equal_of_sum']:.1%}", f"{d['loss_difference']['balanced_to_equal']:.1e}") \
-                if "equal_of_sum" in d else ("time was up", "–")
+                if "equal_of_sum" in d else ("time was up" if "equal" in d["runs"] else "not run", "–")
             yield f"| {where}, steps of {step:,} tokens | {equal} | {d['balanced_of_sum']:.1%} | {difference} |"
 
 
@@ -371,8 +396,8 @@ def answers() -> Iterator[str]:
 
 TABLES: dict[str, dict[str, Callable[[], Iterator[str]]]] = {
     "README.md": {"": lambda: chain(fastest(), peers(), scaling(), starts())},
-    "docs/speed.md": {"": speed, "beside": lambda: chain(saves(), beside_the_steps()), "float8": float8, "lifecycles": lifecycles,
-                      "preparation": preparation},
+    "docs/speed.md": {"": speed, "beside": lambda: chain(saves(), beside_the_steps()), "float8": lambda: chain(float8(), adapters()),
+                      "lifecycles": lambda: chain(lifecycles(), exports()), "preparation": preparation},
     "docs/reliability.md": {"": faults, "kills": kills, "nodes": nodes},
     "docs/mixed-gpus.md": {"unequal": unequal},
     "docs/network.md": {"network": network},

@@ -259,7 +259,7 @@ class EngineConfig:
     compile: bool = True
     """Compile each decoder layer (GPU only)."""
     float8: Literal["none", "tensorwise", "rowwise"] = "none"
-    """FP8 matrix products (torchao), on Hopper GPUs and later."""
+    """FP8 matrix products (torchao), on Ada and Hopper GPUs and later. With LoRA the frozen weights are kept in FP8 too."""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type in which gradients are summed across workers."""
 
@@ -362,6 +362,8 @@ class RunConfig:
               "Adapters have little optimizer state; offload is for run.method.kind: full.")
         check(self.method.kind != "qlora" or self.engine.kind == "fsdp", "run.engine.kind", self.engine.kind,
               "4-bit weights are kept whole on each worker: use run.engine.kind: fsdp with run.method.kind: qlora.")
+        check(self.method.kind != "qlora" or self.engine.float8 == "none", "run.engine.float8", self.engine.float8,
+              "4-bit weights are multiplied in run.model.dtype; use none, or run.method.kind: lora, whose frozen weights are kept in FP8.")
 
 
 @dataclass(frozen=True)

@@ -97,11 +97,6 @@ def test_qlora_needs_a_gpu() -> None:
         make_engine(make_config(method="qlora"), CPU, 0, 1)
 
 
-def test_float8_needs_a_gpu() -> None:
-    with pytest.raises(UserError, match="float8"):
-        make_engine(make_config(engine={"float8": "rowwise"}), CPU, 0, 1)
-
-
 def test_decay_is_for_matrices() -> None:
     assert decays("model.layers.0.mlp.up_proj.weight", (4, 4)) and decays("lm_head.weight", (4, 4))
     assert not decays("model.norm.weight", (4,)) and not decays("model.embed_tokens.weight", (4, 4))

@@ -71,11 +71,13 @@ def _with_shard_group(config: Config, device: torch.device, world: int, tokens: 
 
 def _frozen_weights_fit(config: Config, device: torch.device, shards: int, tokens: int | None) -> bool:
     """Whether every rank can hold the frozen weights, shared by `shards` ranks, with a quarter of its memory left for the rest; all ranks
-    answer alike."""
+    answer alike. Weights that are not shared are kept in 8 bits with run.engine.float8."""
     if not _memory(device):
         return True
     weights = empty_model(model_config(config, tokens), DTYPES[config.run.model.dtype])
-    need = sum(p.numel() * p.element_size() for p in weights.parameters()) / shards
+    eight_bits = config.run.engine.float8 != "none" and shards == 1
+    need = sum(p.numel() * (1 if eight_bits and n.startswith("model.layers.") else p.element_size())
+               for n, p in weights.named_parameters()) / shards
     return _on_all(need <= 0.75 * _memory(device), device)
 
 

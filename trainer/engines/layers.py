@@ -1,4 +1,4 @@
-"""How the decoder's layers run: compiled, checkpointed, in FP8. The same for every engine."""
+"""How the decoder's layers run: compiled, checkpointed. The same for every engine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from trainer.config import ConfigError, EngineConfig
+from trainer.config import EngineConfig
 
 
 class Checkpointing(NamedTuple):
@@ -61,15 +61,3 @@ def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=True, **kwargs)
-
-
-def use_float8(model: nn.Module, engine: EngineConfig, device: torch.device) -> None:
-    """Replace the decoder's linear layers by torchao's FP8 ones (dynamic scales; the head stays in bfloat16)."""
-    if engine.float8 == "none":
-        return
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
-        raise ConfigError("run.engine.float8", engine.float8, "FP8 needs GPUs of compute capability 8.9 or later (Ada, Hopper); use none.")
-    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
-
-    convert_to_float8_training(model.model.layers, config=Float8LinearConfig.from_recipe_name(engine.float8),  # type: ignore[union-attr, arg-type]
-                               module_filter_fn=lambda m, _: isinstance(m, nn.Linear) and not (m.in_features % 16 or m.out_features % 16))

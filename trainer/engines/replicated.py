@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 class ReplicatedEngine(TorchEngine):
     """See the module's text."""
 
+    holds_whole_weights = True
+
     def __init__(self, config: Config, tokens: int | None, device: torch.device, rank: int, world: int,
                  checkpointing: Checkpointing = KEEP_ALL) -> None:
         super().__init__(config, tokens, device, rank, world)

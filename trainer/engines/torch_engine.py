@@ -12,8 +12,9 @@ from torch import nn
 
 from trainer.config import Config
 from trainer.engines.base import Engine, Piece
-from trainer.engines.layers import Checkpointing, prepare_layers, use_float8
+from trainer.engines.layers import Checkpointing, prepare_layers
 from trainer.engines.optimizer import AdamW
+from trainer.model.float8 import use_float8
 from trainer.model.load import DTYPES, base_config, empty_model, fill, held, materialise, model_config, open_weights
 from trainer.model.loss import token_loss_sum, use_packed_forward
 from trainer.model.methods import MethodWeights, canonical, quantise, shape_for_method
@@ -26,6 +27,8 @@ class TorchEngine(Engine):
     """A model whose trained parameters this rank updates itself, in float32."""
 
     optimizer: AdamW
+    holds_whole_weights = False
+    """Whether each rank holds all weights."""
 
     def __init__(self, config: Config, tokens: int | None, device: torch.device, rank: int, world: int) -> None:
         self.config, self.device, self.rank, self.world = config, device, rank, world
@@ -38,7 +41,7 @@ class TorchEngine(Engine):
         run = self.config.run
         model = empty_model(self.target, dtype)
         shape_for_method(model, run.method, base_config(self.config).vocab_size, self.dtype)
-        use_float8(model, run.engine, self.device)
+        use_float8(model, run.engine, self.device, self.holds_whole_weights)
         use_packed_forward(model)
         prepare_layers(model, run.engine, checkpointing, self.device)
         base = open_weights(self.config, self.target)

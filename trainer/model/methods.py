@@ -21,6 +21,7 @@ from torch import nn
 
 from trainer.config import MethodConfig
 from trainer.errors import ConfigError, UserError
+from trainer.model.float8 import FrozenLinear
 from trainer.model.load import EMBEDDING, HEAD, Weights
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ class MethodWeights(Weights):
         return self._base.read(name, start, stop)
 
 
-# Four bits
+# Four and eight bits
 
 def _bitsandbytes() -> Any:
     try:
@@ -158,20 +159,21 @@ def _quantised_layers(model: Any, dtype: torch.dtype) -> None:
 
 
 def quantise(model: nn.Module, weights: Weights, device: torch.device, dtype: torch.dtype) -> None:
-    """Read, quantise and place the 4-bit layers' weights, one layer at a time. Nothing to do without 4-bit layers.
+    """Read, quantise and place the weights that are kept in 4 bits or in FP8, one layer at a time.
 
-    NF4 with double quantisation, blocks of 64 (https://arxiv.org/abs/2305.14314).
+    4 bits: NF4 with double quantisation, blocks of 64 (https://arxiv.org/abs/2305.14314). FP8: trainer/model/float8.py.
     """
-    if not getattr(model, "is_loaded_in_4bit", False):
-        return
-    bnb = _bitsandbytes()
+    four_bits = _bitsandbytes().nn.Linear4bit if getattr(model, "is_loaded_in_4bit", False) else ()
     for name, module in model.named_modules():
-        if not isinstance(module, bnb.nn.Linear4bit):
+        if not isinstance(module, (FrozenLinear, four_bits)):
             continue
         key = canonical(f"{name}.weight")
         if key not in weights.shapes:
             raise UserError(f"The base model's weights lack {key}; is its config.json of another model?")
         shape = weights.shapes[key]
         whole = weights.read(key, 0, math.prod(shape)).view(shape).to(dtype)
-        module.weight = bnb.nn.Params4bit(whole, requires_grad=False, compress_statistics=True, quant_type="nf4",
-                                          module=module).to(device)
+        if isinstance(module, FrozenLinear):
+            module.hold(whole.to(device))
+        else:
+            module.weight = _bitsandbytes().nn.Params4bit(whole, requires_grad=False, compress_statistics=True, quant_type="nf4",
+                                                          module=module).to(device)

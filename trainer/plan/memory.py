@@ -24,6 +24,8 @@ ADAPTERS = 0.84
 """Activations with adapters against full: inputs of frozen layers are shared by two products, and no norm is trained."""
 FLOAT8 = 0.77
 """Activations with FP8 matrix products: their inputs are kept in 8 bits."""
+FP8 = 1
+"""Bytes of a frozen FP8 weight."""
 NF4 = 0.5 + 0.127 / 8
 """Bytes of a 4-bit weight with double quantisation, blocks of 64 (https://arxiv.org/abs/2305.14314)."""
 LOGIT_BYTES = 10
@@ -80,7 +82,7 @@ def activation_bytes(load: Workload, kept: float) -> float:
         most *= ADAPTERS
         if load.dropout:
             most += (load.compute_bytes + 1) * (5 * m.hidden + m.q_dim + m.ffn)  # dropped inputs and masks of seven layers
-    if load.float8 != "none":
+    elif load.float8 != "none":  # adapters need their inputs in the computing type
         most *= FLOAT8
     return least + (most - least) * (kept if kept == 1 else kept * KEPT_BY_BUDGET)
 
@@ -91,8 +93,8 @@ def state_bytes(load: Workload) -> tuple[float, float, float]:
     master = 4 if c == 2 else 0
     frozen = 0.0
     if load.adapters:
-        linear = m.layers * m.layer_linear if load.method == "qlora" else 0
-        frozen = linear * NF4 + (m.parameters - linear) * c
+        linear = m.layers * m.layer_linear
+        frozen = linear * (NF4 if load.method == "qlora" else FP8 if load.float8 != "none" else c) + (m.parameters - linear) * c
     if load.engine == "replicated":
         return frozen + (c + master) * n, g * n, 8 * n
     if load.engine == "fsdp":
@@ -116,6 +118,8 @@ def memory_of(load: Workload, gpu_memory: int = 0) -> Memory:
     layers = 2 * c * m.layer_parameters if gathers else 0  # the layer at work and the one that is fetched ahead
     if load.method == "qlora":
         layers = 2 * c * max(i * o for i, o in m.linears.values())  # a dequantised weight, and the next
+    elif load.adapters and load.float8 != "none":
+        layers = 2 * FP8 * max(i * o for i, o in m.linears.values())  # a transposed weight, and the next
     stay = c * m.parameters if load.engine == "fsdp" and load.stage < 3 else 0
     bucketed = load.engine == "deepspeed" and load.shards > 1 and not load.adapters
     buckets = ZERO_BUCKETS * min(ZERO_BUCKET, m.parameters) * c if bucketed else 0

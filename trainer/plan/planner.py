@@ -369,9 +369,11 @@ def _candidates(config: Config) -> Iterator[tuple[str, Config | None]]:
     if run.method.kind == "full":
         yield "run.method.kind: lora", _changed(config, engine={**auto, "offload": "none", "kind": "fsdp", "zero_stage": 3},
                                                method={"kind": "lora"})
+    if run.method.kind == "lora" and run.engine.float8 == "none":
+        yield "run.engine.float8: tensorwise", _changed(config, engine={**auto, "float8": "tensorwise"})
     if run.method.kind != "qlora":
-        yield "run.method.kind: qlora", _changed(config, engine={**auto, "offload": "none", "kind": "fsdp", "zero_stage": 3},
-                                                method={"kind": "qlora"})
+        plain = {**auto, "offload": "none", "kind": "fsdp", "zero_stage": 3, "float8": "none"}
+        yield "run.method.kind: qlora", _changed(config, engine=plain, method={"kind": "qlora"})
 
 
 def best_micro_batch(config: Config, facts: DatasetFacts | None, result: Plan) -> tuple[Plan, int]:

@@ -3,9 +3,9 @@
     python benchmarks/adapters.py --base storage/models/SmolLM2-135M-Instruct --gguf SmolLM2-135M-Instruct.Q4_1.gguf --data rows.json
     python benchmarks/adapters.py --base storage/models/Llama-3.2-1B --data rows.json --gpu --kinds none tensorwise qlora --steps 200
 
-Each run is `python -m trainer prepare` and `train` on the same rows in the same order with the same first adapters, by each of `--seeds` seeds
-(which change split, order and adapters). Prints the held-out loss after the last step, and how far each kind is from `none` with the same
-seed, beside how far seeds are from each other.
+Each run is `python -m trainer prepare` and `train` on the same rows in the same order with the same first adapters, by each of
+`--seeds` seeds (which change split, order and adapters). Prints the held-out loss after the last step, and how far each kind is from
+`none` with the same seed, beside how far seeds are from each other.
 """
 
 from __future__ import annotations

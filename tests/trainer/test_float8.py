@@ -1,6 +1,4 @@
 """FP8 products beside frozen weights: what they differ by from the exact ones, which layers get them, and that adapters train beside them.
-
-On the CPU PyTorch has the product with one scale a tensor; the one with a scale a row is replaced by its definition here.
 """
 
 from __future__ import annotations
@@ -15,7 +13,8 @@ from tests.trainer.engine_cases import ARCHITECTURE, CPU, VOCABULARY, make_confi
 from trainer.data.shards import TokenShards
 from trainer.engines import make_engine
 from trainer.errors import UserError
-from trainer.model.float8 import BACKWARD, FORWARD, FrozenLinear, to_float8, use_float8
+from trainer.model import float8
+from trainer.model.float8 import BACKWARD, FORWARD, FrozenLinear, product, to_float8, use_float8
 from trainer.model.load import empty_model, model_config
 from trainer.model.methods import shape_for_method
 
@@ -25,13 +24,12 @@ def apart(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a.float() - b.float()).norm() / b.float().norm()).item()
 
 
-def by_definition(a: torch.Tensor, b: torch.Tensor, of_a: torch.Tensor, of_b: torch.Tensor, out_dtype: torch.dtype,
-                  use_fast_accum: bool = False) -> torch.Tensor:
-    """torch._scaled_mm."""
-    rows, columns = (a.shape[0], 1), (1, b.shape[1])
-    assert of_a.numel() == 1 or (of_a.shape == rows and of_b.shape == columns)
-    assert a.is_contiguous() and b.t().is_contiguous(), "what the GPU's kernels take"
-    return ((a.float() * of_a) @ (b.float() * of_b)).to(out_dtype)
+def checked(a: torch.Tensor, b: torch.Tensor, of_a: torch.Tensor, of_b: torch.Tensor, dtype: torch.dtype, fast: bool) -> torch.Tensor:
+    """`product`, held to what the GPU's kernels take."""
+    assert a.is_contiguous() and b.t().is_contiguous()
+    assert of_a.numel() == of_b.numel() == 1 or (of_a.shape == (a.shape[0], 1) and of_b.shape == (1, b.shape[1]))
+    assert FORWARD in (a.dtype, b.dtype)
+    return product(a, b, of_a, of_b, dtype, fast)
 
 
 @pytest.mark.parametrize("dtype", [FORWARD, BACKWARD])
@@ -60,8 +58,7 @@ def test_frozen_layer(rowwise: bool, bias: bool, monkeypatch: pytest.MonkeyPatch
     exact.weight.mul_(torch.logspace(-1, 1, 192)[:, None])  # outputs of unlike size
     layer = FrozenLinear(exact, rowwise)
     layer.hold(exact.weight)
-    if rowwise:
-        monkeypatch.setattr(torch, "_scaled_mm", by_definition)
+    monkeypatch.setattr(float8, "product", checked)
     x = torch.randn(2, 32, 128, dtype=torch.bfloat16, requires_grad=True)
     ours, wanted = layer(x), exact(x)
     assert ours.shape == wanted.shape and ours.dtype == wanted.dtype and apart(ours, wanted) < 0.05
@@ -84,16 +81,17 @@ def test_compiled_without_a_break() -> None:
     layer.hold(exact.weight)
     compiled = torch.compile(layer, fullgraph=True, dynamic=False, backend="aot_eager")
     x = torch.randn(16, 64, requires_grad=True)
-    assert torch.equal(compiled(x), layer(x))
-    assert torch.equal(*(torch.autograd.grad(f(x).sum(), x)[0] for f in (compiled, layer)))
+    torch.testing.assert_close(compiled(x), layer(x))
+    torch.testing.assert_close(*(torch.autograd.grad(f(x).sum(), x)[0] for f in (compiled, layer)))
 
 
-def test_adapters_train_beside_frozen_weights(toy_rows: Path) -> None:
+@pytest.mark.parametrize("kind", ["tensorwise", "rowwise"])
+def test_adapters_train_beside_frozen_weights(kind: str, toy_rows: Path) -> None:
     """LoRA's model with FP8 layers: the same curve but for rounding, weights as they were."""
     sizes = {**ARCHITECTURE, "hidden_size": 64, "intermediate_size": 128}
     config, shards = make_config(method="lora", model={"architecture": sizes}), TokenShards(toy_rows, "train")
     exact = train(make_engine(config, CPU, 0, 1, VOCABULARY + 3), shards, 0, 6)
-    config = make_config(method="lora", model={"architecture": sizes}, engine={"float8": "tensorwise"})
+    config = make_config(method="lora", model={"architecture": sizes}, engine={"float8": kind})
     engine = make_engine(config, CPU, 0, 1, VOCABULARY + 3)
     layers = [m for m in engine.model.modules() if isinstance(m, FrozenLinear)]
     assert len(layers) == 14 and all(m.weight.dtype == FORWARD for m in layers)
@@ -122,10 +120,10 @@ def test_which_layers(method: str, whole: bool, layer: str, monkeypatch: pytest.
     assert {name for name, kind in kinds.items() if kind == "Linear"} == {"lm_head", *(name for name in kinds if ".lora_" in name)}
 
 
-@pytest.mark.parametrize(("method", "float8"), [("full", "tensorwise"), ("full", "rowwise"), ("lora", "rowwise")])
-def test_others_need_a_gpu(method: str, float8: str) -> None:
-    with pytest.raises(UserError, match=rf"run.engine.float8: '{float8}'.*needs GPUs"):
-        make_engine(make_config(method=method, engine={"float8": float8}), CPU, 0, 1)
+@pytest.mark.parametrize("kind", ["tensorwise", "rowwise"])
+def test_trained_weights_need_a_gpu(kind: str) -> None:
+    with pytest.raises(UserError, match=rf"run.engine.float8: '{kind}'.*needs GPUs"):
+        make_engine(make_config(engine={"float8": kind}), CPU, 0, 1)
 
 
 def test_four_bits_are_not_eight() -> None:

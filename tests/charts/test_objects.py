@@ -192,10 +192,10 @@ def test_deployments_can_be_upgraded(site: Values) -> None:
             assert "vllm" in manifest["metadata"]["name"]
 
 
-@pytest.mark.parametrize(("replicas", "elects"), [(1, False), (2, True)])
-def test_only_several_operators_elect_a_leader(replicas: int, elects: bool) -> None:
+@pytest.mark.parametrize(("replicas", "asked", "elects"), [(1, False, False), (2, False, True), (1, True, True)])
+def test_a_single_operator_elects_no_leader_unasked(replicas: int, asked: bool, elects: bool) -> None:
     """A single one must outlive an API server that is away; one that elects ends itself after 10 s without."""
-    manifests = render({"kuberay-operator": {"replicas": replicas}})
+    manifests = render({"kuberay-operator": {"replicas": replicas, "leaderElection": asked}})
     operator = next(m for m in manifests if m["kind"] == "Deployment" and m["metadata"]["name"].endswith("kuberay-operator"))
     assert f"--enable-leader-election={str(elects).lower()}" in operator["spec"]["template"]["spec"]["containers"][0]["args"]
     assert operator["spec"]["strategy"]["rollingUpdate"] == {"maxUnavailable": 1, "maxSurge": 0}

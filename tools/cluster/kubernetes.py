@@ -165,9 +165,7 @@ def _kubeadm_config(layout: Layout, settings: Settings, server: Server) -> str:
          "dns": {"imageTag": settings.coredns_version}, "apiServer": api},
         {"apiVersion": "kubelet.config.k8s.io/v1beta1", "kind": "KubeletConfiguration", **_own_kubelet(layout), **kubelet,
          "failCgroupV1": False, "failSwapOn": False, "maxPods": 110, "serializeImagePulls": False, "nodeStatusUpdateFrequency": "10s",
-         "shutdownGracePeriod": "0s", "registryPullQPS": 0, "eventRecordQPS": 0,
-         # Without etcd the API server ends; it is to come back soon after etcd has, not up to 5 minutes later.
-         "crashLoopBackOff": {"maxContainerRestartPeriod": "20s"}},
+         "shutdownGracePeriod": "0s", "registryPullQPS": 0, "eventRecordQPS": 0},
         {"apiVersion": "kubeproxy.config.k8s.io/v1alpha1", "kind": "KubeProxyConfiguration", "mode": "nftables",
          "conntrack": {"maxPerCore": 0, "min": 0, "tcpEstablishedTimeout": "0s", "tcpCloseWaitTimeout": "0s"}},
     ]

@@ -134,6 +134,12 @@ def plan_files(shapes: dict[str, tuple[int, ...]], itemsize: int, limit: int) ->
     return files
 
 
+def not_finite(tensor: torch.Tensor) -> int:
+    """Numbers that are infinite or none. A NaN is the smallest and the largest; to look for those takes a twentieth of counting."""
+    ends = torch.stack(torch.aminmax(tensor)) if tensor.numel() else tensor
+    return 0 if torch.isfinite(ends).all() else int(tensor.numel() - torch.isfinite(tensor).sum())
+
+
 def _write_weights(directory: Path, source: Source, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, limit: int,
                    progress: Callable[[float], None]) -> tuple[int, int]:
     """Write model*.safetensors and, for several files, their index. Returns bytes and the number of non-finite weights."""
@@ -141,7 +147,7 @@ def _write_weights(directory: Path, source: Source, shapes: dict[str, tuple[int,
 
     def make(name: str) -> tuple[torch.Tensor, int]:
         tensor = source.tensor(name, shapes[name], dtype)
-        return tensor, int(tensor.numel() - torch.isfinite(tensor).sum())
+        return tensor, not_finite(tensor)
 
     files = plan_files(shapes, dtype.itemsize, limit)
     place, done, broken = {}, 0, 0
@@ -149,9 +155,9 @@ def _write_weights(directory: Path, source: Source, shapes: dict[str, tuple[int,
         for number, names in enumerate(files, 1):
             file = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
             tensors = {}
-            for name, (tensor, not_finite) in zip(names, pool.map(make, names), strict=True):
+            for name, (tensor, lost) in zip(names, pool.map(make, names), strict=True):
                 tensors[name] = tensor
-                broken += not_finite
+                broken += lost
                 place[name] = file
                 done += tensor.nbytes
             save_file(tensors, directory / file, metadata={"format": "pt"})

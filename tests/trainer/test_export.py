@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from tests.trainer.made_run import ARCHITECTURE, configuration, make_dataset, make_records, rows, tokenizer
 from trainer.errors import UserError
 from trainer.evaluate.inference import Reader as Asker
-from trainer.export import TensorReader, export, plan_files
+from trainer.export import TensorReader, export, not_finite, plan_files
 from trainer.files import directory_digest, read_manifest
 from trainer.model.load import load_model
 from trainer.paths import RunPaths
@@ -50,6 +50,15 @@ def test_full_model_is_what_was_trained(tmp_path: Path, tied: bool, shard_gb: fl
         assert all((paths.model / f).stat().st_size <= 20_000 + 4096 or len(safe_open(paths.model / f, "pt").keys()) == 1 for f in files)
     else:
         assert files == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_counted(dtype: torch.dtype, value: float) -> None:
+    tensor = torch.randn(40, 30).to(dtype)
+    assert not_finite(tensor) == 0 == not_finite(torch.empty(0, dtype=dtype))
+    tensor[3, 7] = tensor[39, 29] = value
+    assert not_finite(tensor) == 2
 
 
 def test_dtype_and_limits_of_float16(tmp_path: Path) -> None:

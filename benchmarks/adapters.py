@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -22,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from record import record
-from train import REPOSITORY, end, told_steps, versions
+from record import clean_up_when_terminated, record
+from train import end, start, told_steps, versions
 
 
 def configuration(options: argparse.Namespace, storage: Path, kind: str, seed: int) -> dict[str, Any]:
@@ -43,15 +42,13 @@ def configuration(options: argparse.Namespace, storage: Path, kind: str, seed: i
 
 def finished(stage: str, config: Path, log: Path, timeout: float) -> int:
     """The exit status of a stage."""
-    with open(log, "ab") as file:
-        process = subprocess.Popen([sys.executable, "-m", "trainer", stage, "--config", str(config)], cwd=REPOSITORY, stdout=file,
-                                   stderr=subprocess.STDOUT)
-        try:
-            return process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            return 124
-        finally:
-            end(process)
+    process = start(stage, config, log)
+    try:
+        return process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        return 124
+    finally:
+        end(process)
 
 
 def measure(options: argparse.Namespace, kind: str, seed: int) -> dict[str, Any]:
@@ -99,7 +96,7 @@ def command_line() -> argparse.ArgumentParser:
 def main() -> None:
     """Measure and print."""
     options = command_line().parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # runs are ended
+    clean_up_when_terminated()
     runs = {kind: [measure(options, kind, seed) for seed in range(options.seeds)] for kind in options.kinds}
     result: dict[str, Any] = {
         "benchmark": "adapters", "case": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()

@@ -28,7 +28,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from record import record
+from record import clean_up_when_terminated, record
 from runs import Nodes, Run
 from train import CONTEXT, MODELS, VOCABULARY, versions
 
@@ -189,7 +189,7 @@ def command_line() -> argparse.ArgumentParser:
 def main() -> None:
     """Measure and print; `--out` appends to a file."""
     options = command_line().parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # runs are ended
+    clean_up_when_terminated()
     case = {k: v for k, v in vars(options).items() if k not in ("scratch", "out", "timeout", "seconds")}
     result = measure(options)
     record({"benchmark": "kills", "case": case, **result, "versions": versions()}, options.out)

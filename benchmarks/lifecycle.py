@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 from record import record
-from train import MODELS, REPOSITORY, end, told_steps, versions
+from train import MODELS, REPOSITORY, end, start, told_steps, versions
 
 SAMPLE = REPOSITORY / "trainer/data/sample"
 LOADS = """
@@ -67,12 +67,6 @@ def configuration(options: argparse.Namespace, storage: Path) -> dict[str, Any]:
             "resources": {"workers": workers, "gpus_per_worker": 1 if options.gpus else 0, "cpus_per_worker": 1, "max_failures": 0}}
 
 
-def start(config: Path, log: Path) -> subprocess.Popen[bytes]:
-    with open(log, "ab") as file:
-        return subprocess.Popen([sys.executable, "-m", "trainer", "run", "--config", str(config)], cwd=REPOSITORY, stdout=file,
-                                stderr=subprocess.STDOUT)
-
-
 def checkpoints(run: Path) -> list[int]:
     """Steps of the whole checkpoints."""
     return [int(path.name.split("-")[1]) for path in (run / "checkpoints").glob("step-*")]
@@ -95,7 +89,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         config.write_text(yaml.safe_dump(document))
         run = storage / "runs" / document["run"]["name"]
         began = time.monotonic()
-        process = start(config, log)
+        process = start("run", config, log)
         kill_at = options.steps // 2 + 1
         while process.poll() is None and (len(told_steps(run / "metrics.jsonl")) < kill_at or not checkpoints(run)):
             if time.monotonic() - began > options.timeout:
@@ -108,7 +102,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                                   "killed_after_step": before[-1]["step"] if before else 0, "checkpoint_then": kept,
                                   "seconds_until_kill": round(time.monotonic() - began, 1)}
         again = time.monotonic()
-        process = start(config, log)
+        process = start("run", config, log)
         try:
             result["exit"] = process.wait(options.timeout)
         except subprocess.TimeoutExpired:

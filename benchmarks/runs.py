@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any
 
 import psutil
 import yaml
-from train import REPOSITORY, end, make_dataset, told_steps
+from train import REPOSITORY, end, make_dataset, start, told_steps
 
 
 class Run:
@@ -28,9 +26,8 @@ class Run:
         (folder / "run.yaml").write_text(yaml.safe_dump(document))
         own = {**os.environ, "OMP_NUM_THREADS": "1"}
         own.pop("RAY_ADDRESS", None)
-        self.log = open(folder / "log", "a")  # noqa: SIM115 (closed by `end`)
-        self.process = subprocess.Popen([sys.executable, "-m", "trainer", "train", "--config", str(folder / "run.yaml")], cwd=REPOSITORY,
-                                        stdout=self.log, stderr=subprocess.STDOUT, env=own | (environment or {}))
+        self.log = folder / "log"
+        self.process = start("train", folder / "run.yaml", self.log, own | (environment or {}))
 
     def workers(self, count: int, deadline: float, below: int = 0) -> list[int]:
         """Ray's training workers below a process (default: the run's), once there are `count`."""
@@ -50,12 +47,11 @@ class Run:
 
     def told(self) -> str:
         """The end of what the run printed."""
-        return Path(self.log.name).read_text(errors="replace")[-3000:]
+        return self.log.read_text(errors="replace")[-3000:]
 
     def end(self) -> None:
         """End the run without its last checkpoint: this process's children only."""
         end(self.process)
-        self.log.close()
 
 
 def visible(numbers: Iterable[int]) -> str:

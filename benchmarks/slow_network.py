@@ -21,7 +21,6 @@ import argparse
 import itertools
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -31,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from record import record
+from record import clean_up_when_terminated, record
 from train import CONTEXT, REPOSITORY, make_dataset, versions
 
 from trainer.config import parse
@@ -218,7 +217,7 @@ def main() -> None:
         work(Path(options.work))
         return
     case = {k: v for k, v in vars(options).items() if k not in ("out", "scratch", "timeout", "work", "gbps")}
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # namespaces are removed
+    clean_up_when_terminated()
     with (Cluster(options.nodes) as cluster, tempfile.TemporaryDirectory(dir=options.scratch) as folder,
           Workers(options, cluster, Path(folder)) as workers):
         free = {kind: workers.train(kind, options.micro_batches) for kind in options.kinds}

@@ -140,6 +140,13 @@ def told_steps(metrics: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
+def start(stage: str, config: Path, log: Path, environment: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
+    """`python -m trainer <stage>`, what it prints appended to `log`."""
+    with open(log, "ab") as file:
+        return subprocess.Popen([sys.executable, "-m", "trainer", stage, "--config", str(config)], cwd=REPOSITORY, stdout=file,
+                                stderr=subprocess.STDOUT, env=environment)
+
+
 def end(process: subprocess.Popen[bytes]) -> None:
     """End a run without its last checkpoint: this process and its children only."""
     family = []
@@ -177,10 +184,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         (storage / "run.yaml").write_text(yaml.safe_dump(config))
         began = time.monotonic()
         log = Path(options.log) if options.log else storage / "log"
-        with open(log, "a") as file:
-            process = subprocess.Popen([sys.executable, "-m", "trainer", "train", "--config", str(storage / "run.yaml")], cwd=REPOSITORY,
-                                       stdout=file, stderr=subprocess.STDOUT)
-            code = watch(process, run / "metrics.jsonl", options)
+        code = watch(start("train", storage / "run.yaml", log), run / "metrics.jsonl", options)
         case = {k: v for k, v in vars(options).items() if k not in ("out", "scratch", "log", "timeout")}
         result: dict[str, Any] = {"case": case, "exit": code, "wall_seconds": round(time.monotonic() - began, 1)}
         lines = told_steps(run / "metrics.jsonl")

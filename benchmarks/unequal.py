@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from record import record
+from record import clean_up_when_terminated, record
 from runs import Nodes, Run, visible
 from train import CONTEXT, MODELS, VOCABULARY, versions
 
@@ -365,7 +365,7 @@ def main() -> None:
     options = command_line().parse_args()
     if options.occupy:
         occupy(options.occupy)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # runs are ended
+    clean_up_when_terminated()
     options.model = options.model or ("1b" if options.gpus else "tiny")
     options.tokens = options.tokens or (24576 * options.gpus or 16384)
     options.steps = options.steps or (30 if options.gpus else 14)

@@ -16,6 +16,7 @@ from trainer.errors import UserError
 
 MANIFEST = "manifest.json"
 HASHED_AT_ONCE = 4
+"""Files."""
 MAX_HEADER = 100_000_000
 """Bytes; the bound that safetensors itself sets against hostile headers."""
 

@@ -1,5 +1,4 @@
-"""FP8 products beside frozen weights: what they differ by from the exact ones, which layers get them, and that adapters train beside them.
-"""
+"""FP8 products beside frozen weights: how far they are from the exact ones, which layers get them, that adapters train beside them."""
 
 from __future__ import annotations
 

@@ -174,7 +174,7 @@ class Up(Steps):
         commit = shell.output(["git", "-C", registry.git_repository(self.layout, self.settings), "rev-parse", registry.BRANCH])
         if not state.revision or not commit.startswith(state.revision) or state.chart != self.chart_digest:
             return "waiting for Argo CD to see the newest commit and chart"
-        return f"sync: {state.syncing[:200]}" if state.syncing or state.sync != "Synced" else ""
+        return f"sync: {state.syncing[:200] or state.sync}" if state.syncing or state.sync != "Synced" else ""
 
     def _drop_half_seen(self, api: client.ApiClient, expected: str) -> None:
         """New images and a new commit reach Argo CD a moment apart, and what it makes of one without the other is a run that nobody

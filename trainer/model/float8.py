@@ -25,31 +25,20 @@ def use_float8(model: nn.Module, engine: EngineConfig, device: torch.device, who
     if engine.float8 == "none":
         return
     layers: nn.Module = model.model.layers  # type: ignore[union-attr, assignment]
-    frozen = whole and not any(m.weight.requires_grad for m in _suitable(layers).values())
+    suitable = {name: m for name, m in layers.named_modules()  # sizes in sixteens, no adapters (too narrow to gain)
+                if isinstance(m, nn.Linear) and not m.in_features % 16 and not m.out_features % 16 and ".lora_" not in name}
+    frozen = whole and not any(m.weight.requires_grad for m in suitable.values())
     if not (frozen if device.type == "cpu" else torch.cuda.get_device_capability(device) >= (8, 9)):
         raise ConfigError("run.engine.float8", engine.float8, "FP8 needs GPUs of compute capability 8.9 or later (Ada, Hopper); use none. "
                           "The CPU has it for run.method.kind: lora alone.")
-    if frozen:
-        freeze_in_float8(layers, rowwise=engine.float8 == "rowwise")
+    if frozen:  # without values yet: `FrozenLinear.hold`
+        for name, linear in suitable.items():
+            layers.set_submodule(name, FrozenLinear(linear, rowwise=engine.float8 == "rowwise"))
         return
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
-    suitable = _suitable(layers)
     convert_to_float8_training(layers, config=Float8LinearConfig.from_recipe_name(engine.float8),  # type: ignore[arg-type]
                                module_filter_fn=lambda _, name: name in suitable)
-
-
-def _suitable(layers: nn.Module) -> dict[str, nn.Linear]:
-    """The layers whose products can be FP8's, by name: sizes in sixteens, no adapters (too narrow to gain)."""
-    return {name: m for name, m in layers.named_modules()
-            if isinstance(m, nn.Linear) and not m.in_features % 16 and not m.out_features % 16 and ".lora_" not in name}
-
-
-def freeze_in_float8(layers: nn.Module, rowwise: bool) -> None:
-    """Replace the linear layers, whose weights are frozen; the new ones have no values yet (`FrozenLinear.hold`)."""
-    for name, linear in _suitable(layers).items():
-        parent, _, leaf = name.rpartition(".")
-        setattr(layers.get_submodule(parent), leaf, FrozenLinear(linear, rowwise))
 
 
 class FrozenLinear(nn.Module):
@@ -101,11 +90,11 @@ class _FrozenProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        weight, scale = ctx.saved_tensors
-        gradient, = gradients
+        (weight, scale), (gradient,) = ctx.saved_tensors, gradients
+        dtype = gradient.dtype
         if ctx.rowwise:  # W's scales belong to what is summed over: they go into the gradient
             gradient = gradient * scale.t()
             scale = torch.ones(1, weight.shape[1], device=weight.device)
         values, of_gradient = to_float8(gradient, FORWARD if ctx.rowwise else BACKWARD, ctx.rowwise)
         transposed = weight.t().contiguous().t()  # FP8 products read both factors along what is summed over
-        return product(values, transposed, of_gradient, scale, gradients[0].dtype, fast=False), None, None, None
+        return product(values, transposed, of_gradient, scale, dtype, fast=False), None, None, None

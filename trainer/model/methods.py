@@ -163,17 +163,17 @@ def quantise(model: nn.Module, weights: Weights, device: torch.device, dtype: to
 
     4 bits: NF4 with double quantisation, blocks of 64 (https://arxiv.org/abs/2305.14314). FP8: trainer/model/float8.py.
     """
-    four_bits = _bitsandbytes().nn.Linear4bit if getattr(model, "is_loaded_in_4bit", False) else ()
+    bnb = _bitsandbytes() if getattr(model, "is_loaded_in_4bit", False) else None
     for name, module in model.named_modules():
-        if not isinstance(module, (FrozenLinear, four_bits)):
+        if not isinstance(module, FrozenLinear if bnb is None else bnb.nn.Linear4bit):
             continue
         key = canonical(f"{name}.weight")
         if key not in weights.shapes:
             raise UserError(f"The base model's weights lack {key}; is its config.json of another model?")
         shape = weights.shapes[key]
         whole = weights.read(key, 0, math.prod(shape)).view(shape).to(dtype)
-        if isinstance(module, FrozenLinear):
+        if bnb is None:
             module.hold(whole.to(device))
         else:
-            module.weight = _bitsandbytes().nn.Params4bit(whole, requires_grad=False, compress_statistics=True, quant_type="nf4",
-                                                          module=module).to(device)
+            module.weight = bnb.nn.Params4bit(whole, requires_grad=False, compress_statistics=True, quant_type="nf4",
+                                              module=module).to(device)

@@ -141,8 +141,10 @@ def chatbot(shared_checkout: Path, push: Any, api: client.ApiClient, layout: Lay
 
 
 def kill_pod(chatbot: Chatbot, chosen: random.Random) -> None:
+    """A pod removed at once serves on until the kubelet and kube-proxy have heard of it, beside its successor on a busy node."""
     before = chatbot.pod().metadata.uid
     chatbot.cluster.kill_pod(SELECTOR, chosen)
+    until(lambda: not chatbot.answers(), 60, "the end of its answers", every=0.1)
     until(lambda: any(p.metadata.uid != before for p in chatbot.cluster.pods(SELECTOR)), 120, "another pod")
 
 

@@ -17,6 +17,7 @@ TOOLS_VENV := $(CACHE)/venv/tools/.synced
 TRAINER_VENV := $(CACHE)/venv/trainer/.synced
 CHATBOT_VENV := $(CACHE)/venv/chatbot/.synced
 CHECKOV_VENV := $(CACHE)/venv/checkov/.synced
+CHROMIUM := /usr/bin/chromium
 
 help: ## show this list
 	@echo "llm-finetune: fine-tune Llama models across GPU servers, by git push"; echo
@@ -86,19 +87,19 @@ lint: $(TOOLS_VENV) ## ruff, mypy, environments, secrets, chart
 test-fast: $(TOOLS_VENV) $(TRAINER_VENV) $(CHATBOT_VENV) ## lint, unit and chart tests: all that needs no cluster
 	@$(TOOLS) -m tools.checks fast
 
-test: $(TOOLS_VENV) $(TRAINER_VENV) $(CHATBOT_VENV) ## lint, unit, chart and end-to-end tests on the local cluster (root)
+test: $(TOOLS_VENV) $(TRAINER_VENV) $(CHATBOT_VENV) $(CHROMIUM) ## lint, unit, chart and end-to-end tests on the local cluster (root)
 	@$(TOOLS) -m tools.checks all
 
 test-host: $(TOOLS_VENV) ## make up interrupted three times, make down leaving nothing behind; ends without a cluster (root)
 	@$(TOOLS) -m tools.checks host
 
-e2e: $(TOOLS_VENV) ## end-to-end tests on the local cluster, promotion included (root)
+e2e: $(TOOLS_VENV) $(TRAINER_VENV) $(CHROMIUM) ## end-to-end tests on the local cluster, promotion included (root)
 	@$(TOOLS) -m tools.checks e2e
 
 e2e-promotion: $(TOOLS_VENV) ## two environments on the running local cluster: train, promote, refuse, roll back (root)
 	@$(TOOLS) -m tools.checks promotion
 
-e2e-nodes: $(TOOLS_VENV) ## a second node, in a guest on this machine, beside the local cluster's: joined, lost, cut off (root)
+e2e-nodes: $(TOOLS_VENV) $(TRAINER_VENV) ## a second node, in a guest on this machine, beside the local cluster's: joined, lost, cut off (root)
 	@$(TOOLS) -m tools.checks nodes
 
 chaos: $(TOOLS_VENV) ## TRIES=1 FIRST=0: each fault at a random moment of a real run on the local cluster; an hour with TRIES=1 (root)
@@ -129,3 +130,9 @@ $(CACHE)/venv/%/.synced: %/pyproject.toml %/uv.lock | $(UV)
 $(CHECKOV_VENV): tests/scan/checkov/pyproject.toml tests/scan/checkov/uv.lock | $(UV)
 	@UV_PROJECT_ENVIRONMENT=$(CACHE)/venv/checkov $(UV) sync --quiet --frozen --project tests/scan/checkov --python $(PYTHON)
 	@touch $@
+
+# The pages' tests open them in it; test-fast, which needs no root, skips those where it is missing.
+$(CHROMIUM):
+	@command -v apt-get >/dev/null || { echo "The pages' tests need Chromium as $@: install it with your distribution's tools."; exit 1; }
+	@echo "Chromium, for the pages' tests (apt-get) ..."
+	@apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium >/dev/null

@@ -88,7 +88,7 @@ class Runner:
                         self._print(begin, f"{step.name}: done in {clock(took)}")
                 now = time.monotonic()
                 if started and (terminal or now - last_line >= self.interval):
-                    text = "; ".join(f"{s.name} {clock(now - t)} of about {clock(self._expected(s))}"
+                    text = "; ".join(f"{s.name} {clock(now - t)}{self._against_usual(s, now - t)}"
                                      + (f" ({self._said[s.name]})" if self._said.get(s.name) else "") for s, t in started.values())
                     if terminal:
                         print(f"\r\033[K[{clock(now - begin)}] {text}"[:200], end="", flush=True)
@@ -105,6 +105,10 @@ class Runner:
 
     def _expected(self, step: Step) -> float:
         return self._seen.get(step.name, step.expected)
+
+    def _against_usual(self, step: Step, elapsed: float) -> str:
+        usual = self._expected(step)
+        return f" of about {clock(usual)}" if elapsed <= usual else f", usually {clock(usual)}"
 
     def _remember(self, name: str, seconds: float) -> None:
         with self._lock:

@@ -130,13 +130,14 @@ def delete_cluster(cluster: Cluster, chosen: random.Random, run: str) -> str:
 
 
 def training_processes() -> list[int]:
-    """Of all workers on this node."""
-    found = []
+    """Of all workers on this node; not what one of them starts, which bears its name until it becomes another program (DeepSpeed on the
+    CPU asks `numactl` now and then)."""
+    parents = {}
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             if path.read_bytes().startswith(b"ray::RayTrainWorker"):
-                found.append(int(path.parent.name))
-    return sorted(found)
+                parents[int(path.parent.name)] = int(path.with_name("stat").read_text().rpartition(")")[2].split()[1])
+    return sorted(pid for pid, parent in parents.items() if parent not in parents)
 
 
 def kill_training_process(cluster: Cluster, chosen: random.Random, run: str) -> str:
